@@ -1,0 +1,1 @@
+"""Measurements of the engine; each writes its figures to `benchmarks/results/`."""

@@ -1,0 +1,36 @@
+"""Which embedding rows deserve a slot: frequency with ageing.
+
+The admission idea is TinyLFU's (Einziger, Friedman and Manes, 2017): a newcomer displaces a
+resident row only if it was asked for more often of late.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+RowIds = npt.NDArray[np.int64]
+
+_AGEING_ACCESSES_PER_SLOT = 10
+_MAX_COUNT = np.iinfo(np.uint8).max
+
+
+class AgedFrequency:
+    """A saturating count per row, halved after every ten accesses per slot."""
+
+    def __init__(self, num_rows: int, num_slots: int) -> None:
+        self._counts = np.zeros(num_rows, dtype=np.uint8)
+        self._period = max(1, _AGEING_ACCESSES_PER_SLOT * num_slots)
+        self._accesses = 0
+
+    def record(self, row_ids: RowIds, times: npt.NDArray[np.int64]) -> None:
+        """Counts accesses of distinct rows (int64 [n]), `times` (int64 [n]) of each."""
+        self._counts[row_ids] = np.minimum(self._counts[row_ids] + times, _MAX_COUNT)
+        self._accesses += int(times.sum())
+        if self._accesses >= self._period:
+            self._accesses = 0
+            self._counts >>= 1
+
+    def hotness(self, row_ids: RowIds) -> npt.NDArray[np.uint8]:
+        """How hot rows are, comparable across rows: uint8 [n]."""
+        return self._counts[row_ids]

@@ -1,0 +1,98 @@
+"""What an operator decides, one frozen dataclass for each room it concerns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from block_manager.pool_layout import PoolConfig
+
+
+def _require_at_least(name: str, value: int, limit: int) -> None:
+    if value < limit:
+        raise ValueError(f"{name}: must be at least {limit}, not {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How requests share steps."""
+
+    max_num_batched_tokens: int = 2048
+    """History rows and candidates of one step together; bounds activations and staging."""
+    max_num_seqs: int = 64
+    """Requests that run at once."""
+    max_num_waiting: int = 1024
+    """Requests that may wait; further ones are refused (429)."""
+
+    def __post_init__(self) -> None:
+        """Checks each value.
+
+        Raises:
+            ValueError: names the field and its limit.
+        """
+        # A request's last row and at least one candidate must fit into one step.
+        _require_at_least("max_num_batched_tokens", self.max_num_batched_tokens, 2)
+        _require_at_least("max_num_seqs", self.max_num_seqs, 1)
+        _require_at_least("max_num_waiting", self.max_num_waiting, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorConfig:
+    """Where and how steps are carried out."""
+
+    device: str = "cpu"
+    """A torch device: `cpu`, `cuda` or `cuda:1`."""
+    attention_backend: str = "torch"
+    max_retrieval_matrix_bytes: int = 1 << 30
+    """Limit of the item matrix that retrieval needs beside the pool; 0 = candidates only."""
+
+    def __post_init__(self) -> None:
+        """Checks each value.
+
+        Raises:
+            ValueError: names the field and its limit.
+        """
+        _require_at_least("max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What a single request may ask for; shown by `/info`."""
+
+    max_history_events: int = 65_536
+    """Events one history may bring; the model reads the newest of them."""
+    max_candidates: int = 4096
+    max_top_k: int = 4096
+
+    def __post_init__(self) -> None:
+        """Checks each value.
+
+        Raises:
+            ValueError: names the field and its limit.
+        """
+        _require_at_least("max_history_events", self.max_history_events, 1)
+        _require_at_least("max_candidates", self.max_candidates, 1)
+        _require_at_least("max_top_k", self.max_top_k, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine."""
+
+    model_dir: Path
+    pool: PoolConfig = field(
+        default_factory=lambda: PoolConfig(pool_bytes=64 << 20, emb_fraction=0.25, block_tokens=16)
+    )
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    served_model_name: str | None = None
+    """Name in `/v1/models` and in requests; the directory's name by default."""
+    poison_freed_memory: bool = False
+    """Debugging aid: freed pages and slots are filled with NaN, so that a read of freed memory
+    shows in the scores."""
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the model is served."""
+        return self.served_model_name or self.model_dir.resolve().name

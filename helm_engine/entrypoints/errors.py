@@ -1,0 +1,61 @@
+"""Every error as an OpenAI error body, whoever raised it."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from helm_engine.exceptions import HelmError, QueueFullError
+from helm_engine.protocol import ErrorBody, ErrorDetail, invalid_request
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 1
+
+
+def error_response(error: HelmError) -> JSONResponse:
+    """The HTTP answer for an error."""
+    detail = ErrorDetail(
+        message=str(error), type=error.error_type, param=error.param, code=error.status
+    )
+    headers = {}
+    if isinstance(error, QueueFullError):
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return JSONResponse(
+        ErrorBody(error=detail).model_dump(), status_code=error.status, headers=headers
+    )
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Makes all errors of an application OpenAI error bodies."""
+
+    @app.exception_handler(HelmError)
+    async def on_helm_error(_: Request, error: HelmError) -> JSONResponse:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(invalid_request(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def on_http_error(_: Request, error: HTTPException) -> JSONResponse:
+        detail = ErrorDetail(
+            message=str(error.detail),
+            type="invalid_request_error" if error.status_code < 500 else "internal_error",
+            param=None,
+            code=error.status_code,
+        )
+        return JSONResponse(
+            ErrorBody(error=detail).model_dump(),
+            status_code=error.status_code,
+            headers=dict(error.headers or {}),
+        )
+
+    @app.exception_handler(Exception)
+    async def on_unexpected_error(_: Request, error: Exception) -> JSONResponse:
+        logger.error("a request failed unexpectedly", exc_info=error)
+        return error_response(HelmError("internal error"))

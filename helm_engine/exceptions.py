@@ -1,0 +1,64 @@
+"""What a client can be told, each with the HTTP status it becomes."""
+
+from __future__ import annotations
+
+
+class HelmError(Exception):
+    """Base of all errors that a client sees."""
+
+    status = 500
+    error_type = "internal_error"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        """Takes a message for the client and the request field it is about."""
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidRequestError(HelmError):
+    """A field of the request is wrong; `param` names it."""
+
+    status = 400
+    error_type = "invalid_request_error"
+
+
+class ModelNotFoundError(HelmError):
+    """The request names a model that is not served."""
+
+    status = 404
+    error_type = "not_found_error"
+
+
+class QueueFullError(HelmError):
+    """As many requests wait as may wait."""
+
+    status = 429
+    error_type = "overloaded_error"
+
+
+class EngineDeadError(HelmError):
+    """The engine's loop has ended; nothing will be answered."""
+
+    status = 503
+    error_type = "service_unavailable_error"
+
+
+class StepFailedError(HelmError):
+    """The step that ran this request failed, for instance because rows could not be loaded."""
+
+    status = 503
+    error_type = "service_unavailable_error"
+
+
+class DeadlineExceededError(HelmError):
+    """The request's deadline passed before it was finished."""
+
+    status = 504
+    error_type = "deadline_exceeded_error"
+
+
+class RequestAbortedError(HelmError):
+    """The request was withdrawn before it was finished."""
+
+    status = 499
+    error_type = "aborted_error"

@@ -1,0 +1,181 @@
+"""The request and response of `/v1/recommend`, as clients see them; light to import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from helm_engine.exceptions import InvalidRequestError
+
+MAX_INT64 = 2**63 - 1
+MAX_SECONDS = 2**53
+"""Times beyond this (280 million years) are mistakes, and their differences might overflow."""
+
+ItemId = Annotated[int, Field(ge=0, le=MAX_INT64)]
+Seconds = Annotated[int, Field(ge=-MAX_SECONDS, le=MAX_SECONDS)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class _Events(_Strict):
+    """Parallel arrays; features that the model does not know are checked for length only."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, list[Any]] = Field(init=False)
+
+    item_ids: list[ItemId] = Field(description="Item ids as the model knows them.")
+    actions: list[int] | None = Field(None, description="What the user did, one per item.")
+
+    def lengths(self) -> dict[str, int]:
+        """Length of every array that was sent, by name."""
+        arrays = {**dict(self), **(self.__pydantic_extra__ or {})}
+        return {name: len(values) for name, values in arrays.items() if isinstance(values, list)}
+
+
+class History(_Events):
+    """The user's past events, oldest first."""
+
+    timestamps: list[Seconds] | None = Field(
+        None, description="Whole seconds, non-decreasing; required where the model uses times."
+    )
+    start_index: int = Field(
+        0, ge=0, le=MAX_INT64, description="Events of this user before the first one sent."
+    )
+
+
+class Candidates(_Events):
+    """The items to score now; duplicates are kept and scored alike."""
+
+
+class RecommendRequest(_Strict):
+    """Body of `POST /v1/recommend`."""
+
+    model: str | None = Field(None, description="Name of the model; absent = the one served.")
+    user: str | None = Field(
+        None,
+        min_length=1,
+        max_length=512,
+        description="Who the history belongs to; without it nothing is kept for reuse.",
+    )
+    history: History
+    candidates: Candidates | None = Field(
+        None, description="Absent = the best items of the whole catalogue are retrieved."
+    )
+    context: dict[str, Any] | None = Field(
+        None, description="Contextual features, for models that take any."
+    )
+    request_time: Seconds | None = Field(
+        None, description="Whole seconds; absent = the time of the last event."
+    )
+    top_k: int | None = Field(
+        None, ge=1, le=MAX_INT64, description="Absent = all candidates, or 10 when retrieving."
+    )
+    exclude_history: bool = Field(
+        False, description="Leave items of the history out of the answer."
+    )
+    deadline_ms: float | None = Field(
+        None, gt=0, description="Milliseconds after which the answer is of no use."
+    )
+    priority: int = Field(0, ge=-MAX_INT64, le=MAX_INT64, description="Lower runs first.")
+
+
+class RecommendedItem(BaseModel):
+    """One item of the answer."""
+
+    index: int
+    """Place in `candidates`, or rank when retrieving."""
+    item_id: int
+    score: float
+    task_scores: dict[str, float] | None = None
+    """Scores by task, for models that have tasks."""
+
+
+class TimingsMs(BaseModel):
+    """Milliseconds that the request waited for each phase."""
+
+    queue: float
+    load: float
+    prefill: float
+    score: float
+
+
+class Usage(BaseModel):
+    """What the request took and what the caches spared."""
+
+    history_tokens: int
+    """Events that the model read."""
+    cached_tokens: int
+    """Those whose K and V were reused."""
+    reuse_blocked: str | None
+    """Why nothing was reused, when there is a reason beyond an empty cache."""
+    candidates: int
+    rows_requested: int
+    """Distinct embedding rows needed."""
+    rows_resident: int
+    """Those in the pool when the request was first scheduled."""
+    timings_ms: TimingsMs
+
+
+class Recommendation(BaseModel):
+    """Answer of `POST /v1/recommend`; `data` is best first."""
+
+    id: str
+    object: Literal["recommendation"] = "recommendation"
+    created: int
+    model: str
+    data: list[RecommendedItem]
+    usage: Usage
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorBody(BaseModel):
+    """Body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+def field_path(location: Sequence[int | str]) -> str:
+    """A validation error's location as a client would write it: `history.item_ids[3]`."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def invalid_request(errors: Sequence[Any]) -> InvalidRequestError:
+    """The first of pydantic's errors as an error for the client."""
+    first = errors[0]
+    location = [part for part in first["loc"] if part != "body"]
+    path = field_path(location) or "body"
+    message = first["msg"]
+    if first["type"] == "missing" and path == "body":
+        message = "the request has no body; send a JSON object"
+    elif path == "body":
+        message = f"{message}; send a JSON object with Content-Type: application/json"
+    return InvalidRequestError(f"{path}: {message}", param=path)
+
+
+def parse_request(raw: RecommendRequest | Mapping[str, Any] | object) -> RecommendRequest:
+    """Validates one request body.
+
+    Raises:
+        InvalidRequestError: names the field.
+    """
+    if isinstance(raw, RecommendRequest):
+        return raw
+    try:
+        return RecommendRequest.model_validate(raw)
+    except ValidationError as error:
+        raise invalid_request(error.errors(include_url=False)) from error

@@ -1,0 +1,112 @@
+"""A request inside the engine: validated arrays, and how far it has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum, auto
+
+import numpy as np
+
+from block_manager.block_hash import BlockHash
+from helm_engine.exceptions import HelmError
+from model_executor.step import Float32Array, Int64Array, StepTimings
+
+
+class ReuseBlocked(StrEnum):
+    """Why a request's history could not meet cached KV."""
+
+    NO_USER = "no_user"
+    """The request names no user, and KV is never shared between users."""
+    WINDOW_SHIFTED = "window_shifted"
+    """Older events are missing or were cut, so every position moved; only the very same window
+    would have met its KV again."""
+
+
+class RequestStatus(Enum):
+    """Where a request stands."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+    FAILED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What the scheduler works on. The first group never changes after construction."""
+
+    request_id: str
+    item_ids: Int64Array
+    """History as the model reads it, oldest first, [rows]; an item's id is its table row."""
+    event_times: Int64Array
+    """Seconds of each event, then of the request: [rows + 1]."""
+    candidate_ids: Int64Array
+    """Distinct items to score; empty when retrieving."""
+    top_k: int
+    """Items to retrieve; not used for candidates."""
+    excluded_ids: Int64Array
+    """Distinct items that must not be retrieved."""
+    block_hashes: list[BlockHash]
+    """Of the full blocks whose K and V are final; empty = nothing may be reused."""
+    arrival: float
+    """Engine clock, seconds."""
+    deadline: float = float("inf")
+    """Engine clock, seconds."""
+    priority: int = 0
+    """Lower runs first."""
+    reuse_hindrance: ReuseBlocked | None = None
+    """Reported when no KV was reused."""
+
+    status: RequestStatus = RequestStatus.WAITING
+    num_computed: int = 0
+    """History rows whose K and V are in pages."""
+    num_scored: int = 0
+    """Candidates scored so far."""
+    cached_tokens: int = 0
+    rows_requested: int = 0
+    rows_resident: int = 0
+    scores: Float32Array = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    """Of the candidates, in the order of `candidate_ids`."""
+    retrieved: tuple[Int64Array, Float32Array] | None = None
+    first_scheduled: float | None = None
+    finished_at: float = 0.0
+    timings_ms: StepTimings = field(default_factory=lambda: StepTimings(0.0, 0.0, 0.0))
+    error: HelmError | None = None
+
+    def __post_init__(self) -> None:
+        """Makes room for the scores."""
+        self.scores = np.zeros(len(self.candidate_ids), dtype=np.float32)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the history."""
+        return len(self.item_ids)
+
+    @property
+    def is_retrieval(self) -> bool:
+        """Whether the whole catalogue is scored."""
+        return len(self.candidate_ids) == 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything that was asked for is computed."""
+        if self.is_retrieval:
+            return self.retrieved is not None
+        return self.num_scored == len(self.candidate_ids)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine is through with the request, for better or worse."""
+        return self.status in (RequestStatus.FINISHED, RequestStatus.FAILED)
+
+    @property
+    def reuse_blocked(self) -> ReuseBlocked | None:
+        """Why no KV was reused, if there is a reason beyond a cache that never held it."""
+        return None if self.cached_tokens else self.reuse_hindrance
+
+    def add_timings(self, step: StepTimings) -> None:
+        """Counts a step's phases as this request's too: it waited for all of them."""
+        spent = self.timings_ms
+        self.timings_ms = StepTimings(
+            spent.load + step.load, spent.prefill + step.prefill, spent.score + step.score
+        )

@@ -1,0 +1,305 @@
+"""Which requests run in the next step, and with how many tokens.
+
+Continuous batching under a token budget, earliest deadline first. A token is one history row or
+one candidate. Long histories are prefilled in chunks and candidates are scored in micro-batches;
+the last row of a history is never cached, so each micro-batch recomputes that one row.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+
+from block_manager.embedding_cache import NOWHERE, EmbeddingCache
+from block_manager.kv_cache_manager import KVCacheManager
+from block_manager.page_pool import PagePool
+from helm_engine.config import SchedulerConfig
+from helm_engine.exceptions import DeadlineExceededError, HelmError, QueueFullError
+from helm_engine.request import Request, RequestStatus
+from model_executor.step import (
+    CandidateScoring,
+    Int64Array,
+    ModelOutput,
+    Retrieval,
+    ScheduledRequest,
+    SchedulerOutput,
+)
+
+_Key = tuple[int, float, int]
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Totals since the start."""
+
+    steps: int = 0
+    prefix_queries: int = 0
+    """History rows of admitted requests."""
+    prefix_hits: int = 0
+    """Those whose K and V were reused."""
+    row_queries: int = 0
+    """Distinct rows asked for, step by step."""
+    row_hits: int = 0
+    """Those that were in the pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What one request gets of a step."""
+
+    request: Request
+    start: int
+    num_rows: int
+    num_candidates: int
+
+    @property
+    def row_ids(self) -> Int64Array:
+        """Table rows of the share: history rows, then candidates."""
+        request = self.request
+        rows = request.item_ids[self.start : self.start + self.num_rows]
+        first = request.num_scored
+        return np.concatenate([rows, request.candidate_ids[first : first + self.num_candidates]])
+
+
+class Scheduler:
+    """Queues requests and turns them into steps; owns no memory but asks both tenants for it."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: PagePool,
+        kv: KVCacheManager,
+        emb: EmbeddingCache,
+    ) -> None:
+        self.config = config
+        self.pool = pool
+        self.kv = kv
+        self.emb = emb
+        self.stats = SchedulerStats()
+        self._waiting: list[tuple[_Key, Request]] = []
+        self._running: dict[str, tuple[_Key, Request]] = {}
+        self._live: dict[str, Request] = {}
+        self._arrivals = count()
+        self._failed: list[Request] = []
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold nothing yet."""
+        return len(self._live) - len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished, or failed and not yet reported."""
+        return bool(self._live) or bool(self._failed)
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            QueueFullError: as many wait as may wait.
+        """
+        if self.num_waiting >= self.config.max_num_waiting:
+            raise QueueFullError(
+                f"{self.num_waiting} requests are waiting, the limit is "
+                f"{self.config.max_num_waiting}; try again later"
+            )
+        if request.request_id in self._live:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        key = (request.priority, request.deadline, next(self._arrivals))
+        self._live[request.request_id] = request
+        heapq.heappush(self._waiting, (key, request))
+
+    def fail(self, request_id: str, error: HelmError) -> None:
+        """Ends an unfinished request with an error; unknown ids are ignored."""
+        request = self._live.pop(request_id, None)
+        if request is None:
+            return
+        self._running.pop(request_id, None)
+        self.kv.free(request_id)
+        request.status = RequestStatus.FAILED
+        request.error = error
+        self._failed.append(request)
+
+    def take_failed(self) -> list[Request]:
+        """Drains the requests that ended with an error since the last call."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def schedule(self, now: float) -> SchedulerOutput | None:
+        """Plans the next step, or None when there is nothing to run.
+
+        The step must be given to `update` or to `fail_step` before the next call.
+        """
+        self._expire(now)
+        shares = self._share_budget(now)
+        if not shares:
+            return None
+        self.stats.steps += 1
+        return self._build_step(shares)
+
+    def _expire(self, now: float) -> None:
+        late = [request for _, request in self._running.values() if request.deadline < now]
+        while (head := self._peek_waiting()) is not None and head[1].deadline < now:
+            heapq.heappop(self._waiting)
+            late.append(head[1])
+        for request in late:
+            self.fail(
+                request.request_id,
+                DeadlineExceededError("the deadline passed before the request was finished"),
+            )
+
+    def _peek_waiting(self) -> tuple[_Key, Request] | None:
+        """Head of the queue, past requests that were withdrawn while they waited."""
+        while self._waiting and self._waiting[0][1].status is not RequestStatus.WAITING:
+            heapq.heappop(self._waiting)
+        return self._waiting[0] if self._waiting else None
+
+    def _share_budget(self, now: float) -> list[_Share]:
+        """Gives the budget to running and waiting requests, earliest deadline first.
+
+        A waiting request that finds no blocks is not overtaken by later ones, so none starves.
+        """
+        budget = self.config.max_num_batched_tokens
+        running = sorted(self._running.values(), key=lambda entry: entry[0], reverse=True)
+        admitting = True
+        shares: list[_Share] = []
+        while budget > 0:
+            waiting = self._peek_waiting() if admitting else None
+            if waiting is not None and (not running or waiting[0] < running[-1][0]):
+                if not self._admit(waiting[1], waiting[0], now):
+                    admitting = False
+                    continue
+                heapq.heappop(self._waiting)
+                request = waiting[1]
+            elif running:
+                request = running.pop()[1]
+            else:
+                break
+            share = self._share_of(request, budget)
+            if share is not None:
+                shares.append(share)
+                budget -= share.num_rows + share.num_candidates
+        return shares
+
+    def _admit(self, request: Request, key: _Key, now: float) -> bool:
+        if len(self._running) >= self.config.max_num_seqs:
+            return False
+        cached = self.kv.allocate(
+            request.request_id,
+            request.block_hashes,
+            num_tokens=request.num_rows,
+            max_cached_tokens=request.num_rows - 1,
+        )
+        if cached is None:
+            return False
+        request.status = RequestStatus.RUNNING
+        request.first_scheduled = now
+        request.num_computed = request.cached_tokens = cached
+        needed = np.unique(np.concatenate([request.item_ids[cached:], request.candidate_ids]))
+        request.rows_requested = len(needed)
+        request.rows_resident = int(np.sum(self.emb.lookup(needed) != NOWHERE))
+        self._running[request.request_id] = (key, request)
+        self.stats.prefix_queries += request.num_rows
+        self.stats.prefix_hits += cached
+        return True
+
+    def _share_of(self, request: Request, budget: int) -> _Share | None:
+        start = min(request.num_computed, request.num_rows - 1)
+        num_rows = min(request.num_rows - start, budget)
+        num_candidates = 0
+        if start + num_rows == request.num_rows:
+            remaining = len(request.candidate_ids) - request.num_scored
+            num_candidates = min(remaining, budget - num_rows)
+        prefilled = request.num_computed == request.num_rows
+        if prefilled and not request.is_retrieval and num_candidates == 0:
+            return None  # Recomputing the last row alone would bring nothing.
+        return _Share(request, start, num_rows, num_candidates)
+
+    def _build_step(self, shares: list[_Share]) -> SchedulerOutput:
+        row_ids, inverse, times = np.unique(
+            np.concatenate([share.row_ids for share in shares]),
+            return_inverse=True,
+            return_counts=True,
+        )
+        plan = self.emb.plan(row_ids, times)
+        self.stats.row_queries += len(row_ids)
+        self.stats.row_hits += int(plan.resident.sum())
+        lengths = [share.num_rows + share.num_candidates for share in shares]
+        parts = np.split(inverse, np.cumsum(lengths)[:-1])
+        return SchedulerOutput(
+            requests=tuple(map(self._schedule_share, shares, parts)),
+            rows=plan,
+            dead_blocks=self.kv.pool.take_dead_blocks(),
+            dead_slots=self.emb.take_dead_slots(),
+        )
+
+    def _schedule_share(self, share: _Share, row_index: Int64Array) -> ScheduledRequest:
+        request = share.request
+        end = share.start + share.num_rows
+        table = self.kv.block_table(request.request_id)
+        task: CandidateScoring | Retrieval | None = None
+        if share.num_candidates:
+            task = CandidateScoring(row_index[share.num_rows :])
+        elif request.is_retrieval and end == request.num_rows:
+            task = Retrieval(request.top_k, request.excluded_ids)
+        return ScheduledRequest(
+            request_id=request.request_id,
+            start=share.start,
+            row_index=row_index[: share.num_rows],
+            block_table=table[: -(-end // self.kv.block_tokens)],
+            event_times=request.event_times[: end + 1],
+            task=task,
+        )
+
+    def update(self, step: SchedulerOutput, output: ModelOutput, now: float) -> list[Request]:
+        """Commits a step that was carried out; returns the requests it finished."""
+        self.emb.commit(step.rows)
+        finished = []
+        for scheduled in step.requests:
+            entry = self._running.get(scheduled.request_id)
+            if entry is None:
+                continue  # Withdrawn while the step ran.
+            request = entry[1]
+            request.add_timings(output.timings_ms)
+            request.num_computed = scheduled.start + scheduled.num_rows
+            self.kv.cache_blocks(request.request_id, request.block_hashes, request.num_computed)
+            if isinstance(scheduled.task, CandidateScoring):
+                scores = output.candidate_scores[request.request_id]
+                request.scores[request.num_scored : request.num_scored + len(scores)] = scores
+                request.num_scored += len(scores)
+            elif isinstance(scheduled.task, Retrieval):
+                request.retrieved = output.retrieved[request.request_id]
+            if request.is_done:
+                self._finish(request, now)
+                finished.append(request)
+        return finished
+
+    def _finish(self, request: Request, now: float) -> None:
+        del self._running[request.request_id]
+        del self._live[request.request_id]
+        self.kv.free(request.request_id)
+        request.status = RequestStatus.FINISHED
+        request.finished_at = now
+
+    def fail_step(self, step: SchedulerOutput, error: HelmError) -> None:
+        """A step could not be carried out: its requests fail, its row plan is undone."""
+        self.emb.abandon(step.rows)
+        for scheduled in step.requests:
+            self.fail(scheduled.request_id, error)
+
+    def check_integrity(self) -> None:
+        """Every page has one owner and both tenants' books add up.
+
+        Raises:
+            IntegrityError: says what does not.
+        """
+        self.pool.check_integrity(self.kv.pool, self.emb)
+        self.kv.check_integrity()

@@ -1,0 +1,155 @@
+"""A model directory on disk: configuration, dense weights, and tables for the host tier.
+
+config.json           the model (see model_config.py)
+model.safetensors     dense weights, loaded to the device as a whole
+tables.safetensors    embedding tables, memory-mapped and never loaded as a whole
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model_executor.errors import ModelDirectoryError
+from model_executor.model_config import ModelConfig, read_model_config
+from model_executor.models.hstu import HSTU
+
+CONFIG_FILE = "config.json"
+DENSE_FILE = "model.safetensors"
+TABLES_FILE = "tables.safetensors"
+ITEM_TABLE = "item_embedding"
+
+_HEADER_LENGTH_BYTES = 8
+
+
+def load_config(directory: Path) -> ModelConfig:
+    """Reads the directory's `config.json`.
+
+    Raises:
+        ModelDirectoryError: the directory or the file is absent, or a value is wrong.
+    """
+    if not directory.is_dir():
+        raise ModelDirectoryError(f"{directory}: is not a directory")
+    return read_model_config(directory / CONFIG_FILE)
+
+
+def load_dense_weights(directory: Path, config: ModelConfig, device: torch.device) -> HSTU:
+    """Builds the model and fills it from `model.safetensors`.
+
+    Raises:
+        ModelDirectoryError: the file is damaged, a tensor is missing, unexpected, or has a wrong
+            shape, dtype or a value that is not finite; the message names file and tensor.
+    """
+    path = directory / DENSE_FILE
+    model = HSTU(config)
+    wanted = model.state_dict()
+    found = _read_tensors(path)
+    for name in wanted.keys() - found.keys():
+        raise ModelDirectoryError(f"{path}: tensor {name!r} is missing")
+    for name in found.keys() - wanted.keys():
+        raise ModelDirectoryError(f"{path}: tensor {name!r} does not belong to this model")
+    for name, tensor in found.items():
+        _check_tensor(path, name, tensor, wanted[name])
+    model.load_state_dict(found)
+    return model.to(device).requires_grad_(False).eval()
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelDirectoryError(f"{path}: cannot be read: {error}") from error
+
+
+def _check_tensor(path: Path, name: str, found: Tensor, wanted: Tensor) -> None:
+    if found.dtype != wanted.dtype:
+        raise ModelDirectoryError(
+            f"{path}: tensor {name!r} is {found.dtype}, the config asks for {wanted.dtype}"
+        )
+    if found.shape != wanted.shape:
+        raise ModelDirectoryError(
+            f"{path}: tensor {name!r} has shape {list(found.shape)}, "
+            f"the config asks for {list(wanted.shape)}"
+        )
+    if not bool(torch.isfinite(found).all()):
+        raise ModelDirectoryError(f"{path}: tensor {name!r} holds values that are not finite")
+
+
+def map_item_table(directory: Path, config: ModelConfig) -> npt.NDArray[np.float32]:
+    """Memory-maps the item table, float32 [num_items + 1, D]; row 0 is padding.
+
+    safetensors reads slices, not scattered rows, so the file's own layout (an 8-byte header
+    length, a JSON header, then the tensors' bytes) is used to map the one tensor.
+
+    Raises:
+        ModelDirectoryError: the file is damaged, or the table is missing or has a wrong shape.
+    """
+    path = directory / TABLES_FILE
+    header, data_start = _read_header(path)
+    entry = header.get(ITEM_TABLE)
+    if not isinstance(entry, dict):
+        raise ModelDirectoryError(f"{path}: tensor {ITEM_TABLE!r} is missing")
+    wanted = [config.num_items + 1, config.embedding_dim]
+    if entry.get("dtype") != "F32" or entry.get("shape") != wanted:
+        raise ModelDirectoryError(
+            f"{path}: tensor {ITEM_TABLE!r} is {entry.get('dtype')} {entry.get('shape')}, "
+            f"the config asks for F32 {wanted}"
+        )
+    begin, end = entry["data_offsets"]
+    if end - begin != 4 * wanted[0] * wanted[1] or data_start + end > path.stat().st_size:
+        raise ModelDirectoryError(f"{path}: tensor {ITEM_TABLE!r} is cut short")
+    return np.memmap(
+        path, dtype="<f4", mode="r", offset=data_start + begin, shape=(wanted[0], wanted[1])
+    )
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """JSON header of a safetensors file, and where its data begins."""
+    try:
+        # The library's own reader checks the header, its offsets and the file's length.
+        with safe_open(path, framework="np"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
+            header = json.loads(file.read(length))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelDirectoryError(f"{path}: cannot be read: {error}") from error
+    return header, _HEADER_LENGTH_BYTES + length
+
+
+def model_version(directory: Path) -> str:
+    """Digest of everything that decides a score: config, dense weights and tables.
+
+    It is the root of every KV hash, so a changed model never meets KV of the old one.
+    """
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, DENSE_FILE, TABLES_FILE):
+        with (directory / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def save_model(directory: Path, model: HSTU, item_table: Tensor) -> None:
+    """Writes a model directory.
+
+    Args:
+        directory: made if absent; files of the same names are replaced.
+        model: dense weights.
+        item_table: float32 [num_items + 1, D]; row 0 is padding.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(model.config.model_dump(), indent=2)
+    (directory / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+    dense = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(dense, directory / DENSE_FILE)
+    save_file({ITEM_TABLE: item_table.detach().contiguous()}, directory / TABLES_FILE)

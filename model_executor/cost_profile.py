@@ -1,0 +1,55 @@
+"""What work costs on a device, in milliseconds: measured there, read by the simulator."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from model_executor.step import CandidateScoring, SchedulerOutput, StepTimings
+
+
+@dataclass(frozen=True, slots=True)
+class CostProfile:
+    """A linear model of a step's cost."""
+
+    device: str
+    source: str
+    """Where the figures come from: the command that measured them, or a citation."""
+    step_ms: float
+    """Fixed cost of a step."""
+    prefill_row_ms: float
+    """Cost of one history row, attention apart."""
+    attention_pair_ms: float
+    """Cost of one query-key pair over all layers."""
+    candidate_ms: float
+    """Cost of scoring one candidate."""
+    row_miss_ms: float
+    """Cost of loading one row from the host tier."""
+
+    def __post_init__(self) -> None:
+        """Checks that no cost is negative.
+
+        Raises:
+            ValueError: names the field.
+        """
+        for name, value in asdict(self).items():
+            if isinstance(value, float) and not value >= 0.0:
+                raise ValueError(f"{name}: must be at least 0, not {value}")
+
+    def price(self, step: SchedulerOutput) -> StepTimings:
+        """Predicted cost of a step, phase by phase."""
+        rows = sum(request.num_rows for request in step.requests)
+        # Row i of a chunk attends to the rows before it and to itself.
+        pairs = sum(
+            request.num_rows * request.start + request.num_rows * (request.num_rows + 1) // 2
+            for request in step.requests
+        )
+        candidates = sum(
+            len(request.task.row_index)
+            for request in step.requests
+            if isinstance(request.task, CandidateScoring)
+        )
+        return StepTimings(
+            load=self.row_miss_ms * float((~step.rows.resident).sum()),
+            prefill=self.step_ms + self.prefill_row_ms * rows + self.attention_pair_ms * pairs,
+            score=self.candidate_ms * candidates,
+        )

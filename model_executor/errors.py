@@ -1,0 +1,11 @@
+"""What can go wrong below the scheduler, by name."""
+
+from __future__ import annotations
+
+
+class ModelDirectoryError(ValueError):
+    """A model directory cannot be served; the message names the file and the field or tensor."""
+
+
+class RowsUnavailableError(RuntimeError):
+    """The host tier could not deliver embedding rows."""

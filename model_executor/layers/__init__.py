@@ -1,0 +1,1 @@
+"""Layers of the supported models; attention itself lives in `model_executor.attention`."""

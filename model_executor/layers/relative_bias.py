@@ -1,0 +1,63 @@
+"""Relative position and time bias of the `research` dialect.
+
+Source of the formula: `RelativeBucketedTimeAndPositionBasedBias` of
+meta-recsys/generative-recommenders (research/modeling/sequential/hstu.py): for query row i and
+key row j, `position_w[(j - i) + N - 1] + time_w[bucket(t[i + 1] - t[j])]`, shared by all heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+BUCKET_WIDTH = 0.301
+"""Natural-log seconds per bucket: a bucket is about a doubling of 2^0.43."""
+
+
+def time_bucket_edges(num_buckets: int) -> Tensor:
+    """Smallest whole seconds of buckets 1..num_buckets: [num_buckets], int64.
+
+    Whole-second edges make the bucket an integer comparison, so that no device, batch shape or
+    vector lane can round a logarithm across an edge and break exact reuse.
+    """
+    edges = [math.ceil(math.exp(BUCKET_WIDTH * bucket)) for bucket in range(1, num_buckets + 1)]
+    largest = torch.iinfo(torch.int64).max
+    return torch.tensor([min(edge, largest) for edge in edges], dtype=torch.int64)
+
+
+def time_buckets(query_times: Tensor, key_times: Tensor, edges: Tensor) -> Tensor:
+    """floor(ln(max(1, |dt|)) / 0.301), clamped to the table.
+
+    Args:
+        query_times: seconds, int64 [..., n]; of row i this is the time of event i + 1.
+        key_times: seconds, int64 [..., m].
+        edges: from `time_bucket_edges`.
+
+    Returns:
+        Buckets, int64 [..., n, m].
+    """
+    distance = (query_times.unsqueeze(-1) - key_times.unsqueeze(-2)).abs_()
+    return torch.bucketize(distance, edges, right=True)
+
+
+class RelativeBias(nn.Module):
+    """The two tables of one layer."""
+
+    def __init__(self, num_positions: int, num_time_buckets: int) -> None:
+        super().__init__()
+        self.num_positions = num_positions
+        self.position_weight = nn.Parameter(torch.empty(2 * num_positions - 1))
+        self.time_weight = nn.Parameter(torch.empty(num_time_buckets + 1))
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor, buckets: Tensor) -> Tensor:
+        """Bias of each pair, float [..., n, m].
+
+        Args:
+            query_positions: rows of the queries, int64 [n].
+            key_positions: rows of the keys, int64 [m].
+            buckets: from `time_buckets`, int64 [..., n, m].
+        """
+        offset = key_positions.unsqueeze(0) - query_positions.unsqueeze(1)
+        return self.position_weight[offset + self.num_positions - 1] + self.time_weight[buckets]

@@ -1,0 +1,126 @@
+"""The one allocation of a device, and the two ways to look at its pages.
+
+    | page 0 | page 1 | ... | page num_pages-1 | staging row 0 | staging row 1 | ... |
+
+    as KV:   K [layers, block_tokens, H, dqk], then V [layers, block_tokens, H, dv]
+    as EMB:  rows_per_page rows of D numbers; what is left at the tail is unused
+
+Both views are strided over the same storage and never move, so a page changes hands without a
+byte being copied.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from block_manager.pool_layout import PoolLayout
+from model_executor.model_config import ModelConfig
+
+ELEMENT_BYTES = 4
+"""float32, the one dtype of the first models."""
+
+
+@dataclass(frozen=True, slots=True)
+class PagedKV:
+    """K and V of every page that is a block."""
+
+    k: Tensor
+    """float [num_pages, layers, block_tokens, H, dqk], strided."""
+    v: Tensor
+    """float [num_pages, layers, block_tokens, H, dv], strided."""
+
+    def append(
+        self, layer: int, k: Tensor, v: Tensor, page_ids: Tensor, page_offsets: Tensor
+    ) -> None:
+        """Writes K [T, H, dqk] and V [T, H, dv] of T tokens to their places (int64 [T] each)."""
+        self.k[:, layer].index_put_((page_ids, page_offsets), k)
+        self.v[:, layer].index_put_((page_ids, page_offsets), v)
+
+    def gather(self, layer: int, block_table: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Copies the first `num_tokens` tokens of a block table: [tokens, H, dqk], [tokens, H, dv].
+
+        Tokens beyond are cut off and not masked: unwritten memory may hold NaN.
+        """
+        k = self.k[:, layer].index_select(0, block_table).flatten(0, 1)
+        v = self.v[:, layer].index_select(0, block_table).flatten(0, 1)
+        return k[:num_tokens], v[:num_tokens]
+
+
+class PageArena:
+    """Owns the allocation; nothing else on the device holds rows or KV."""
+
+    def __init__(self, layout: PoolLayout, config: ModelConfig, device: torch.device) -> None:
+        """Allocates `layout.total_bytes` on the device."""
+        self.layout = layout
+        self._page_elements = layout.page_bytes // ELEMENT_BYTES
+        self._row_elements = layout.row_bytes // ELEMENT_BYTES
+        self._storage = torch.zeros(
+            layout.total_bytes // ELEMENT_BYTES, dtype=torch.float32, device=device
+        )
+        self.kv = self._view_kv(config)
+        # Rows start at multiples of this many elements, in pages and in staging alike, so that
+        # one row view with this stride reaches them all and a gather is one indexed read.
+        self._address_stride = math.gcd(self._page_elements, self._row_elements)
+        self._rows = self._storage.as_strided(
+            (
+                (self._storage.numel() - self._row_elements) // self._address_stride + 1,
+                self._row_elements,
+            ),
+            (self._address_stride, 1),
+        )
+
+    def _view_kv(self, config: ModelConfig) -> PagedKV:
+        tokens = self.layout.block_tokens
+
+        def view(width: int, offset: int) -> Tensor:
+            per_token = config.num_heads * width
+            return self._storage.as_strided(
+                (self.layout.num_pages, config.num_layers, tokens, config.num_heads, width),
+                (self._page_elements, tokens * per_token, per_token, width, 1),
+                offset,
+            )
+
+        k_elements = config.num_layers * tokens * config.num_heads * config.dqk
+        return PagedKV(k=view(config.dqk, 0), v=view(config.dv, k_elements))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the allocation."""
+        return self._storage.untyped_storage().nbytes()
+
+    def slot_addresses(self, slots: Tensor) -> Tensor:
+        """Addresses of row slots (page * rows_per_page + place), int64 [n]."""
+        per_page = self.layout.rows_per_page
+        page_stride = self._page_elements // self._address_stride
+        row_stride = self._row_elements // self._address_stride
+        pages = torch.div(slots, per_page, rounding_mode="floor")
+        return pages * page_stride + (slots - pages * per_page) * row_stride
+
+    def staging_addresses(self, indices: Tensor) -> Tensor:
+        """Addresses of staging rows, int64 [n]."""
+        first = self.layout.num_pages * (self._page_elements // self._address_stride)
+        return indices * (self._row_elements // self._address_stride) + first
+
+    def read_rows(self, addresses: Tensor) -> Tensor:
+        """Copies the rows at these addresses: float [n, D]."""
+        return self._rows.index_select(0, addresses)
+
+    def write_rows(self, addresses: Tensor, rows: Tensor) -> None:
+        """Writes rows [n, D] to distinct addresses (int64 [n])."""
+        columns = torch.arange(self._row_elements, device=addresses.device)
+        elements = (addresses * self._address_stride).unsqueeze(1) + columns
+        self._storage[elements.view(-1)] = rows.reshape(-1)
+
+    def poison_pages(self, page_ids: Tensor) -> None:
+        """Fills whole pages (int64 [n]) with NaN: a later read of freed KV shows as NaN."""
+        pages = self._storage[: self.layout.num_pages * self._page_elements]
+        pages.view(self.layout.num_pages, -1).index_fill_(0, page_ids, math.nan)
+
+    def poison_rows(self, addresses: Tensor) -> None:
+        """Fills rows at these addresses (int64 [n]) with NaN."""
+        nan = torch.full((len(addresses), self._row_elements), math.nan, device=addresses.device)
+        self.write_rows(addresses, nan)

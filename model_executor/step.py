@@ -1,0 +1,89 @@
+"""The only types between scheduler and executor: what one step does, and what came of it.
+
+NumPy arrays throughout, so that a simulated executor needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from block_manager.embedding_cache import RowPlan
+
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateScoring:
+    """Score a micro-batch of explicit candidates with the user's last row."""
+
+    row_index: Int64Array
+    """Place of each candidate's row in the step's row plan, [candidates]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """Find the best items of the whole catalogue with the user's last row."""
+
+    top_k: int
+    excluded_ids: Int64Array
+    """Distinct item ids that must not be returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """One request's share of a step: history rows start .. start + num_rows - 1."""
+
+    request_id: str
+    start: int
+    """Rows whose K and V are already in pages."""
+    row_index: Int64Array
+    """Place of each row's embedding in the step's row plan, [num_rows]."""
+    block_table: Int64Array
+    """Pages of rows 0 .. start + num_rows - 1, [blocks]."""
+    event_times: Int64Array
+    """Seconds of events 0 .. start + num_rows - 1, then of what follows the last one (the next
+    event, or the request): [start + num_rows + 1]."""
+    task: CandidateScoring | Retrieval | None
+    """Set when the chunk ends with the history's last row and something is to be scored."""
+
+    @property
+    def num_rows(self) -> int:
+        """History rows to compute."""
+        return len(self.row_index)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """Everything an executor must do in one step, in this order: poison, load, prefill, score."""
+
+    requests: tuple[ScheduledRequest, ...]
+    rows: RowPlan
+    """Where the distinct rows of all requests are and which must be loaded first."""
+    dead_blocks: list[int] = field(default_factory=list)
+    """Pages whose KV died; only filled when freed memory is to be poisoned."""
+    dead_slots: Int64Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Slots whose row died; likewise."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimings:
+    """Milliseconds a step spent in each phase."""
+
+    load: float
+    prefill: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """What a step computed, by request id."""
+
+    candidate_scores: dict[str, Float32Array]
+    """Scores of the step's candidates, in the order they were scheduled."""
+    retrieved: dict[str, tuple[Int64Array, Float32Array]]
+    """Item ids and scores, best first; ties by item id."""
+    timings_ms: StepTimings

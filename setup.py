@@ -1,0 +1,80 @@
+"""Packaging of HELM Engine. Tools are set up in pyproject.toml, exact pins in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ("helm_engine", "model_executor", "block_manager", "router")
+
+
+def read_version() -> str:
+    """Read the version from its one place without importing the package, which may need torch."""
+    text = (ROOT / "helm_engine" / "version.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError("helm_engine/version.py does not set __version__")
+    return match.group(1)
+
+
+def read_long_description() -> str:
+    """Return the README, or nothing where a build is made from a tree without one."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="helm-engine",
+    version=read_version(),
+    description=(
+        "Serving engine for generative recommenders: "
+        "one paged memory pool shared by embedding rows and KV cache"
+    ),
+    long_description=read_long_description(),
+    long_description_content_type="text/markdown",
+    author="HELM Engine contributors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["recommender systems", "generative recommendation", "HSTU", "inference", "KV cache"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(
+        include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]
+    ),
+    package_data={name: ["py.typed"] for name in PACKAGES},
+    zip_safe=False,
+    install_requires=[
+        "torch>=2.10",
+        "numpy>=2.0",
+        "safetensors>=0.4.3",
+        "fastapi>=0.115",
+        "uvicorn>=0.30",
+        "pydantic>=2.7",
+        "prometheus-client>=0.20",
+        "typer>=0.12.4",
+        "rich>=13.7",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8.2",
+            "hypothesis>=6.100",
+            "httpx>=0.27",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "pre-commit>=3.7",
+        ],
+    },
+    entry_points={"console_scripts": ["helm-engine = helm_engine.entrypoints.cli:main"]},
+)

@@ -1,0 +1,1 @@
+"""Golden cases: outputs of the original HSTU code, checked against what `serve` runs."""
