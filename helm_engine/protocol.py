@@ -13,7 +13,8 @@ MAX_INT64 = 2**63 - 1
 MAX_SECONDS = 2**53
 """Times beyond this (280 million years) are mistakes, and their differences might overflow."""
 
-ItemId = Annotated[int, Field(ge=0, le=MAX_INT64)]
+ItemId = Annotated[int, Field(ge=-MAX_INT64, le=MAX_INT64)]
+"""Any number that fits; which items exist is for the model to say."""
 Seconds = Annotated[int, Field(ge=-MAX_SECONDS, le=MAX_SECONDS)]
 
 
@@ -157,11 +158,14 @@ def field_path(location: Sequence[int | str]) -> str:
 def invalid_request(errors: Sequence[Any]) -> InvalidRequestError:
     """The first of pydantic's errors as an error for the client."""
     first = errors[0]
-    location = [part for part in first["loc"] if part != "body"]
-    path = field_path(location) or "body"
+    path = field_path([part for part in first["loc"] if part != "body"]) or "body"
     message = first["msg"]
-    if first["type"] == "missing" and path == "body":
-        message = "the request has no body; send a JSON object"
+    if first["type"] == "json_invalid":
+        path, message = "body", f"is not JSON: {first.get('ctx', {}).get('error', message)}"
+    elif first["type"] == "missing" and path == "body":
+        message = "is missing; send a JSON object"
+    elif first["type"] == "extra_forbidden":
+        message = "unknown field"
     elif path == "body":
         message = f"{message}; send a JSON object with Content-Type: application/json"
     return InvalidRequestError(f"{path}: {message}", param=path)

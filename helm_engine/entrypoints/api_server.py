@@ -8,6 +8,7 @@ import gc
 import logging
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -165,6 +166,8 @@ def serve(
         bound: from `open_socket`.
         announce: called once the server can be reached.
     """
+    # Until the server has its own handler: a stop while the model loads is no failure either.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     engine = load_engine(config, SystemClock())
     warm_up(config, engine)
     app = build_app(config, engine)

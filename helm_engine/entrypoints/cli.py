@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
+from rich.console import Console
 from rich.logging import RichHandler
 
 from block_manager.pool_layout import PoolConfig
@@ -95,7 +96,7 @@ def _start_logging(verbose: bool) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(message)s",
-        handlers=[RichHandler(show_path=False)],
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
     )
 
 

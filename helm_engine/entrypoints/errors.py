@@ -39,7 +39,9 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(invalid_request(error.errors()))
+        refused = invalid_request(error.errors())
+        app.state.recommender.metrics.count_failure(refused)
+        return error_response(refused)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(_: Request, error: HTTPException) -> JSONResponse:

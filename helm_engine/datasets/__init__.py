@@ -1,0 +1,1 @@
+"""Loaders of public interaction data, for examples, tests and benchmarks; no data is shipped."""
