@@ -45,7 +45,7 @@ format: setup  ## Format the code and mend what the linter can mend
 	.venv/bin/ruff format .
 
 train-example: setup  ## Train the example model anew
-	.venv/bin/python examples/train_hstu_ml100k.py --output $(MODEL)
+	.venv/bin/python -m examples.train_hstu_ml100k --output $(MODEL)
 
 gpu-check: $(if $(filter .venv/bin/python,$(RUN_PYTHON)),setup)  ## Check the engine on the GPU of this machine
 	$(RUN_PYTHON) -m benchmarks.gpu_check

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from benchmarks.report import write_result
 from examples.hstu_training import (
     Metrics,
     evaluate,
@@ -246,16 +245,14 @@ def main() -> None:
     dataset = load_ml100k(arguments.data)
     trained = train(dataset, arguments.epochs, arguments.seed)
     save_model(arguments.output, trained.model, trained.item_table)
-    result = {
-        "command": "python -m examples.train_hstu_ml100k"
-        f" --epochs {arguments.epochs} --seed {arguments.seed} --threads {arguments.threads}",
+    figures = {
         "data": f"MovieLens-100K: {dataset.num_events} events, {dataset.num_users} users, "
         f"{dataset.num_items} items; last event held out for test, second last for validation",
         "conventions": "all items ranked; 'removed': items of the whole history left out of the "
         "ranking, 'kept': nothing left out; rank = 1 + items with a strictly higher score",
         "recipe": asdict(RECIPE),
-        "seed": arguments.seed,
         "epochs": arguments.epochs,
+        "torch_threads": arguments.threads,
         "selected_epoch": trained.epoch,
         "selected_by": "validation NDCG@10, seen items removed",
         **figures_of_saved_model(arguments.output, dataset),
@@ -264,17 +261,13 @@ def main() -> None:
         + sum(parameter.numel() for parameter in trained.model.parameters()),
         "seconds_per_epoch": round(trained.seconds_per_epoch, 2),
         "wall_seconds": round(time.perf_counter() - started, 1),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, "
-        f"{arguments.threads} torch threads",
     }
-    arguments.result.parent.mkdir(parents=True, exist_ok=True)
-    arguments.result.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({split: result[split] for split in ("validation", "test")}, indent=2))
+    command = (
+        "python -m examples.train_hstu_ml100k"
+        f" --epochs {arguments.epochs} --seed {arguments.seed} --threads {arguments.threads}"
+    )
+    write_result(arguments.result, figures, [arguments.seed], command)
+    print(json.dumps({split: figures[split] for split in ("validation", "test")}, indent=2))
 
 
 if __name__ == "__main__":

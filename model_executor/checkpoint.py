@@ -151,5 +151,8 @@ def save_model(directory: Path, model: HSTU, item_table: Tensor) -> None:
     config = json.dumps(model.config.model_dump(), indent=2)
     (directory / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     dense = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(dense, directory / DENSE_FILE)
-    save_file({ITEM_TABLE: item_table.detach().contiguous()}, directory / TABLES_FILE)
+    tables = {ITEM_TABLE: item_table.detach().contiguous()}
+    for name, tensors in ((DENSE_FILE, dense), (TABLES_FILE, tables)):
+        save_file(tensors, directory / name)
+        # The library writes files for their owner alone; a server often runs as another user.
+        (directory / name).chmod(0o644)

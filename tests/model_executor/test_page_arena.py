@@ -1,0 +1,241 @@
+"""One allocation seen as KV blocks and as rows: nothing overlaps, every gather finds its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from block_manager.pool_layout import PoolConfig, PoolLayout, plan_layout
+from model_executor.model_config import ModelConfig
+from model_executor.page_arena import ELEMENT_BYTES, PageArena
+from tests.toy_models import toy_config
+
+STAGING_ROWS = 3
+
+
+def make_arena(
+    *,
+    embedding_dim: int = 7,
+    block_tokens: int = 4,
+    num_layers: int = 2,
+    num_heads: int = 2,
+    dqk: int = 3,
+    dv: int = 5,
+) -> PageArena:
+    """By default: pages of 128 floats, all of them KV; 18 rows of 7 in a page, 2 floats unused."""
+    config = toy_config(
+        embedding_dim=embedding_dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        dqk=dqk,
+        dv=dv,
+        max_sequence_len=4 * block_tokens,
+    )
+    return PageArena(smallest_layout(config, block_tokens), config, torch.device("cpu"))
+
+
+def smallest_layout(config: ModelConfig, block_tokens: int) -> PoolLayout:
+    """Five pages and the staging rows."""
+    kv_bytes = config.kv_elements_per_token * ELEMENT_BYTES
+    row_bytes = config.embedding_dim * ELEMENT_BYTES
+    page_bytes = -(-max(block_tokens * kv_bytes, row_bytes) // 256) * 256
+    return plan_layout(
+        PoolConfig(5 * page_bytes + STAGING_ROWS * row_bytes, 0.0, block_tokens),
+        kv_bytes_per_token=kv_bytes,
+        row_bytes=row_bytes,
+        max_sequence_len=config.max_sequence_len,
+        staging_rows=STAGING_ROWS,
+    )
+
+
+geometries = st.fixed_dictionaries(
+    {
+        "embedding_dim": st.integers(1, 40),
+        "block_tokens": st.integers(1, 5),
+        "num_layers": st.integers(1, 3),
+        "num_heads": st.integers(1, 3),
+        "dqk": st.integers(1, 9),
+        "dv": st.integers(1, 9),
+    }
+)
+
+
+def all_elements(arena: PageArena) -> Tensor:
+    """The whole allocation, flat: what the KV views are views of."""
+    flat = torch.empty(0)
+    flat.set_(arena.kv.k.untyped_storage())
+    return flat
+
+
+def all_row_addresses(arena: PageArena) -> Tensor:
+    """Every slot of every page, then all staging rows."""
+    slots = torch.arange(arena.layout.num_pages * arena.layout.rows_per_page)
+    return torch.cat(
+        [arena.slot_addresses(slots), arena.staging_addresses(torch.arange(STAGING_ROWS))]
+    )
+
+
+def numbered(shape: torch.Size, first: int = 0) -> Tensor:
+    return torch.arange(first, first + shape.numel(), dtype=torch.float32).view(shape)
+
+
+# ---------------------------------------------------------------- no overlap
+
+
+@settings(deadline=None)
+@given(geometry=geometries)
+def test_no_two_elements_of_the_kv_views_share_memory(geometry: dict[str, int]) -> None:
+    arena = make_arena(**geometry)
+    k = numbered(arena.kv.k.shape)
+    v = numbered(arena.kv.v.shape, first=k.numel())
+    arena.kv.k.copy_(k)
+    arena.kv.v.copy_(v)
+    assert torch.equal(arena.kv.k, k)
+    assert torch.equal(arena.kv.v, v)
+
+
+@settings(deadline=None)
+@given(geometry=geometries)
+def test_no_two_rows_of_pages_and_staging_share_memory(geometry: dict[str, int]) -> None:
+    arena = make_arena(**geometry)
+    addresses = all_row_addresses(arena)
+    rows = numbered(torch.Size([len(addresses), geometry["embedding_dim"]]))
+    arena.write_rows(addresses, rows)
+    assert torch.equal(arena.read_rows(addresses), rows)
+
+
+@settings(deadline=None)
+@given(geometry=geometries, is_row_page=st.lists(st.booleans(), min_size=5, max_size=5))
+def test_rows_and_blocks_of_different_pages_share_no_memory(
+    geometry: dict[str, int], is_row_page: list[bool]
+) -> None:
+    arena = make_arena(**geometry)
+    of_rows = torch.tensor(is_row_page)
+    per_page = arena.layout.rows_per_page
+    in_row_pages = torch.cat([of_rows.repeat_interleave(per_page), torch.ones(3, dtype=torch.bool)])
+    addresses = all_row_addresses(arena)[in_row_pages]
+    rows = numbered(torch.Size([len(addresses), geometry["embedding_dim"]]))
+    k = numbered(arena.kv.k.shape, first=rows.numel())[~of_rows]
+    v = -numbered(arena.kv.v.shape, first=1)[~of_rows]
+    arena.kv.k[~of_rows] = k
+    arena.write_rows(addresses, rows)
+    arena.kv.v[~of_rows] = v
+    assert torch.equal(arena.read_rows(addresses), rows)
+    assert torch.equal(arena.kv.k[~of_rows], k)
+    assert torch.equal(arena.kv.v[~of_rows], v)
+
+
+# ---------------------------------------------------------------- where things lie
+
+
+@settings(deadline=None)
+@given(geometry=geometries)
+def test_rows_lie_one_behind_another_from_the_start_of_their_page(geometry: dict[str, int]) -> None:
+    arena = make_arena(**geometry)
+    layout, width = arena.layout, geometry["embedding_dim"]
+    addresses = all_row_addresses(arena)
+    rows = numbered(torch.Size([len(addresses), width]), first=1)
+    arena.write_rows(addresses, rows)
+    page_elements = layout.page_bytes // ELEMENT_BYTES
+    starts = [
+        page * page_elements + place * width
+        for page in range(layout.num_pages)
+        for place in range(layout.rows_per_page)
+    ]
+    starts += [layout.num_pages * page_elements + place * width for place in range(STAGING_ROWS)]
+    flat = all_elements(arena)
+    for row, start in zip(rows, starts, strict=True):
+        assert torch.equal(flat[start : start + width], row)
+
+
+@settings(deadline=None)
+@given(geometry=geometries)
+def test_block_lies_within_its_page(geometry: dict[str, int]) -> None:
+    arena = make_arena(**geometry)
+    arena.kv.k[3], arena.kv.v[3] = 1.0, 1.0
+    pages = all_elements(arena)[: -STAGING_ROWS * geometry["embedding_dim"]].view(5, -1)
+    written = arena.kv.k[3].numel() + arena.kv.v[3].numel()
+    assert pages.sum(dim=1).tolist() == [0.0, 0.0, 0.0, written, 0.0]
+
+
+def test_allocation_is_exactly_pages_and_staging() -> None:
+    arena = make_arena()
+    assert arena.nbytes == 5 * 512 + STAGING_ROWS * 28
+
+
+# ---------------------------------------------------------------- gathers
+
+
+@pytest.mark.parametrize("embedding_dim", [1, 7, 12, 13, 64, 100, 129])
+def test_rows_are_read_in_any_order_and_more_than_once(embedding_dim: int) -> None:
+    arena = make_arena(embedding_dim=embedding_dim)
+    addresses = all_row_addresses(arena)
+    rows = numbered(torch.Size([len(addresses), embedding_dim]))
+    for place in np.random.default_rng(0).permutation(len(addresses)):
+        arena.write_rows(addresses[place : place + 1], rows[place : place + 1])
+    wanted = torch.from_numpy(np.random.default_rng(1).integers(0, len(addresses), 50))
+    assert torch.equal(arena.read_rows(addresses[wanted]), rows[wanted])
+
+
+def test_read_rows_are_copies() -> None:
+    arena = make_arena()
+    address = arena.slot_addresses(torch.tensor([5]))
+    row = arena.read_rows(address)
+    arena.write_rows(address, torch.ones(1, 7))
+    assert not row.any()
+
+
+def test_gather_finds_the_tokens_that_were_appended_one_by_one() -> None:
+    arena = make_arena(block_tokens=4)
+    table = torch.tensor([3, 1, 4])
+    k, v = torch.randn(10, 2, 3), torch.randn(10, 2, 5)
+    for token in torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist():
+        page, offset = table[token // 4 : token // 4 + 1], torch.tensor([token % 4])
+        arena.kv.append(1, k[token : token + 1], v[token : token + 1], page, offset)
+    got_k, got_v = arena.kv.gather(1, table, 10)
+    assert torch.equal(got_k, k)
+    assert torch.equal(got_v, v)
+
+
+def test_append_to_one_layer_leaves_the_others_alone() -> None:
+    arena = make_arena()
+    arena.kv.append(
+        1, torch.ones(1, 2, 3), torch.ones(1, 2, 5), torch.tensor([2]), torch.tensor([0])
+    )
+    k, v = arena.kv.gather(0, torch.tensor([2]), 4)
+    assert not k.any()
+    assert not v.any()
+
+
+def test_gather_leaves_out_what_lies_behind_the_last_token() -> None:
+    arena = make_arena(block_tokens=4)
+    arena.poison_pages(torch.tensor([1, 2]))
+    arena.kv.k[1], arena.kv.v[1] = 1.0, 1.0
+    arena.kv.k[2, :, :1], arena.kv.v[2, :, :1] = 1.0, 1.0
+    k, v = arena.kv.gather(0, torch.tensor([1, 2]), 5)
+    assert k.shape == (5, 2, 3)
+    assert bool(k.isfinite().all() and v.isfinite().all())
+
+
+# ---------------------------------------------------------------- poison
+
+
+def test_poisoned_pages_are_nan_throughout_and_the_others_are_not_touched() -> None:
+    arena = make_arena()
+    arena.poison_pages(torch.tensor([1, 4]))
+    poisoned = all_elements(arena).isnan()
+    assert poisoned[: 5 * 128].view(5, 128).all(dim=1).tolist() == [False, True, False, False, True]
+    assert int(poisoned.sum()) == 2 * 128
+
+
+def test_poisoned_rows_are_nan_and_their_neighbours_are_not() -> None:
+    arena = make_arena()
+    addresses = all_row_addresses(arena)
+    arena.poison_rows(addresses[[0, 20, 91]])
+    poisoned = arena.read_rows(addresses).isnan().all(dim=1)
+    assert poisoned.nonzero().flatten().tolist() == [0, 20, 91]
+    assert int(all_elements(arena).isnan().sum()) == 3 * 7
