@@ -241,6 +241,23 @@ def check_memory(recommender: Recommender, before: int) -> dict[str, int]:
     return {**asdict(ledger), "held": held}
 
 
+def check_activations(recommender: Recommender, rng: np.random.Generator) -> dict[str, int]:
+    """Peak of a step with a full budget against the bound told at start.
+
+    Raises:
+        SystemExit: the peak is above the bound.
+    """
+    idle = requested_bytes()
+    torch.cuda.reset_peak_memory_stats()
+    recommender.recommend_batch({"history": history(rng, LENGTHS[-1])} for _ in range(2))
+    torch.cuda.synchronize()
+    peak = int(torch.cuda.memory_stats()["requested_bytes.all.peak"]) - idle
+    bound = recommender.engine.activation_bound
+    if peak > bound:
+        raise SystemExit(f"gpu-check: a step took {peak} bytes of activations, bound {bound}")
+    return {"peak": peak, "bound": bound}
+
+
 def requested_bytes() -> int:
     """Bytes that live tensors asked for, before the allocator's rounding."""
     gc.collect()
@@ -278,6 +295,7 @@ def main() -> int:
         figures["end_to_end"] = time_lengths(recommender, rng)
         profile = fit_profile(recommender, figures["end_to_end"], rng, name)
         figures["memory"] = check_memory(recommender, before)
+        figures["activations"] = check_activations(recommender, rng)
     figures["cost_profile"] = asdict(profile)
     write_result(arguments.json, figures, [0], command="make gpu-check")
     arguments.profiles.mkdir(parents=True, exist_ok=True)

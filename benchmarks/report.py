@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _PACKAGES = ("helm-engine", "torch", "numpy", "fastapi", "uvicorn", "pydantic", "triton")
 
 
@@ -36,7 +38,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cpus": os.cpu_count(),
-        "torch_threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or None,
+        "torch_threads": torch.get_num_threads(),
     }
 
 

@@ -56,6 +56,8 @@ class EmbeddingCache:
         self._pinned = np.zeros(num_slots, dtype=np.bool_)
         self._free = self._slots[::-1].copy()
         self._num_free = len(self._free)
+        # Counted and not derived: metrics are read while a step runs on another thread.
+        self._num_resident = 0
         self._policy = AgedFrequency(num_rows, len(self._slots))
         self._hand = 0
         self._step = 0
@@ -75,15 +77,12 @@ class EmbeddingCache:
     @property
     def num_resident(self) -> int:
         """Rows that are loaded and can be hit."""
-        reserved = 0
-        if self._open_plan is not None:
-            reserved = int(np.sum(~self._open_plan.resident & (self._open_plan.slots != NOWHERE)))
-        return len(self._slots) - self._num_free - reserved
+        return self._num_resident
 
     @property
     def usage(self) -> float:
         """Share of the slots that hold rows, 0..1."""
-        return self.num_resident / max(1, len(self._slots))
+        return self._num_resident / max(1, len(self._slots))
 
     def lookup(self, row_ids: RowIds) -> npt.NDArray[np.int64]:
         """Slots of rows (int64 [n]), NOWHERE for absent ones: int64 [n]. Changes nothing."""
@@ -131,6 +130,7 @@ class EmbeddingCache:
             victims = victims[hotter]
             self._slot_of_row[self._row_of_slot[victims]] = NOWHERE
             self._row_of_slot[victims] = NOWHERE
+            self._num_resident -= len(victims)
             self._bury(victims)
             granted = np.concatenate([granted, victims])
         slots[missing[: len(granted)]] = granted
@@ -153,6 +153,7 @@ class EmbeddingCache:
         loaded = self._close(plan)
         self._slot_of_row[plan.row_ids[loaded]] = plan.slots[loaded]
         self._row_of_slot[plan.slots[loaded]] = plan.row_ids[loaded]
+        self._num_resident += len(loaded)
 
     def abandon(self, plan: RowPlan) -> None:
         """The plan's loads failed: the slots reserved for them are free again."""
@@ -190,6 +191,8 @@ class EmbeddingCache:
             raise IntegrityError("EMB: a slot's row does not point back to it")
         if int(np.sum(self._slot_of_row != NOWHERE)) != len(occupied):
             raise IntegrityError("EMB: a row points to a slot that does not hold it")
+        if self._num_resident != len(occupied):
+            raise IntegrityError("EMB: the count of resident rows is wrong")
         free = self._free[: self._num_free]
         reserved = np.empty(0, dtype=np.int64)
         if self._open_plan is not None:

@@ -16,11 +16,11 @@ class PoolTooSmallError(ValueError):
 class PoolConfig:
     """What an operator decides about the pool."""
 
-    pool_bytes: int
+    pool_bytes: int = 64 << 20
     """Bytes of the one allocation: pages and staging."""
-    emb_fraction: float
+    emb_fraction: float = 0.25
     """Share of the pages that the EMB tenant holds, 0..1; floors of both tenants apply."""
-    block_tokens: int
+    block_tokens: int = 16
     """Tokens of one KV block; a page holds one block."""
 
     def __post_init__(self) -> None:

@@ -12,6 +12,8 @@ import numpy.typing as npt
 RowIds = npt.NDArray[np.int64]
 
 _AGEING_ACCESSES_PER_SLOT = 10
+_ROWS_HALVED_PER_ACCESS = 64
+"""Limit of what ageing a large table may cost an access when there are few slots."""
 _MAX_COUNT = np.iinfo(np.uint8).max
 
 
@@ -20,7 +22,9 @@ class AgedFrequency:
 
     def __init__(self, num_rows: int, num_slots: int) -> None:
         self._counts = np.zeros(num_rows, dtype=np.uint8)
-        self._period = max(1, _AGEING_ACCESSES_PER_SLOT * num_slots)
+        self._period = max(
+            1, _AGEING_ACCESSES_PER_SLOT * num_slots, num_rows // _ROWS_HALVED_PER_ACCESS
+        )
         self._accesses = 0
 
     def record(self, row_ids: RowIds, times: npt.NDArray[np.int64]) -> None:

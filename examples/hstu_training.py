@@ -98,7 +98,7 @@ def padded_forward(
     x = x * present.unsqueeze(-1)
     for layer in _layers(model):
         parts = layer.project(x)
-        bias = layer.bias(positions, positions, buckets)
+        bias = layer.bias(positions, buckets)
         n = model.config.num_positions
         attended = silu_attention(parts.q, parts.k, parts.v, bias, allowed, n)
         gated = functional.dropout(layer.gate(parts.u, attended), dropout, training=dropout > 0.0)

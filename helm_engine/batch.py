@@ -46,7 +46,10 @@ def run_batch(recommender: Recommender, source: Path, target: Path) -> BatchCoun
 
     Raises:
         OSError: a file cannot be read or written.
+        ValueError: both files are the same.
     """
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"output: {target} is the input file")
     succeeded = failed = 0
     with source.open("rb") as lines, target.open("w", encoding="utf-8") as out:
         for line, answer in _answer_lines(recommender, map(_parse_line, _non_blank(lines))):
@@ -65,7 +68,7 @@ def _non_blank(lines: Iterable[bytes]) -> Iterator[bytes]:
 def _parse_line(raw: bytes) -> _Line:
     try:
         parsed = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return _Line(None, None, InvalidRequestError(f"line: is not JSON: {error}", "line"))
     if not isinstance(parsed, dict):
         return _Line(None, None, InvalidRequestError("line: must be a JSON object", "line"))

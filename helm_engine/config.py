@@ -22,7 +22,10 @@ class SchedulerConfig:
     max_num_seqs: int = 64
     """Requests that run at once."""
     max_num_waiting: int = 1024
-    """Requests that may wait; further ones are refused (429)."""
+    """Requests that may wait beyond those that run; further ones are refused (429)."""
+    patience_ms: float = 1000.0
+    """A request without a deadline is due this long after it came, so that those with deadlines
+    cannot starve it; it never expires."""
 
     def __post_init__(self) -> None:
         """Checks each value.
@@ -34,6 +37,8 @@ class SchedulerConfig:
         _require_at_least("max_num_batched_tokens", self.max_num_batched_tokens, 2)
         _require_at_least("max_num_seqs", self.max_num_seqs, 1)
         _require_at_least("max_num_waiting", self.max_num_waiting, 1)
+        if not self.patience_ms >= 0.0:
+            raise ValueError(f"patience_ms: must be at least 0, not {self.patience_ms}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +85,7 @@ class EngineConfig:
     """One engine."""
 
     model_dir: Path
-    pool: PoolConfig = field(
-        default_factory=lambda: PoolConfig(pool_bytes=64 << 20, emb_fraction=0.25, block_tokens=16)
-    )
+    pool: PoolConfig = field(default_factory=PoolConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     limits: RequestLimits = field(default_factory=RequestLimits)
@@ -91,6 +94,10 @@ class EngineConfig:
     poison_freed_memory: bool = False
     """Debugging aid: freed pages and slots are filled with NaN, so that a read of freed memory
     shows in the scores."""
+
+    def __post_init__(self) -> None:
+        """Accepts the directory as a string too."""
+        object.__setattr__(self, "model_dir", Path(self.model_dir))
 
     @property
     def model_name(self) -> str:

@@ -52,7 +52,7 @@ class InProcessEngineClient:
             return await future
         except asyncio.CancelledError:
             aborted = RequestAbortedError("the request was withdrawn")
-            self._commands.put(lambda: self._core.fail_request(request.request_id, aborted))
+            self._commands.put(lambda: self._core.fail_request(request, aborted))
             raise
         finally:
             self._futures.pop(request.request_id, None)
@@ -71,7 +71,7 @@ class InProcessEngineClient:
             logger.exception("the engine loop died")
         finally:
             self._alive = False
-            self._loop_call(self._fail_all)
+            self._loop_call(lambda: self.fail_pending("the engine has stopped"))
 
     def _take_commands(self) -> bool:
         """Runs what came in, waiting for it when there is nothing else to do; False = stop."""
@@ -120,7 +120,8 @@ class InProcessEngineClient:
             else:
                 future.set_result(request)
 
-    def _fail_all(self) -> None:
+    def fail_pending(self, reason: str) -> None:
+        """Answers all waiting clients with an error; must be called on the event loop."""
         for future in self._futures.values():
             if not future.done():
-                future.set_exception(EngineDeadError("the engine has stopped"))
+                future.set_exception(EngineDeadError(reason))

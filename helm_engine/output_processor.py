@@ -32,10 +32,7 @@ def build_recommendation(prepared: PreparedRequest, model_name: str) -> Recommen
         id=request.request_id,
         created=int(time.time()),
         model=model_name,
-        data=[
-            RecommendedItem.model_construct(index=place, item_id=item, score=score)
-            for place, item, score in triples
-        ],
+        data=[RecommendedItem(*triple) for triple in triples],
         usage=_usage(request, len(prepared.candidate_ids)),
     )
 

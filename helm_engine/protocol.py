@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from helm_engine.exceptions import InvalidRequestError
 
@@ -18,6 +19,17 @@ ItemId = Annotated[int, Field(ge=-MAX_INT64, le=MAX_INT64)]
 Seconds = Annotated[int, Field(ge=-MAX_SECONDS, le=MAX_SECONDS)]
 
 
+def _plain_list(value: object) -> object:
+    """Tuples and NumPy arrays as lists: what Python callers have at hand."""
+    if isinstance(value, tuple):
+        return list(value)
+    to_list = getattr(value, "tolist", None)
+    return value if to_list is None else to_list()
+
+
+PlainList = BeforeValidator(_plain_list)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
@@ -28,8 +40,12 @@ class _Events(_Strict):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, list[Any]] = Field(init=False)
 
-    item_ids: list[ItemId] = Field(description="Item ids as the model knows them.")
-    actions: list[int] | None = Field(None, description="What the user did, one per item.")
+    item_ids: Annotated[list[ItemId], PlainList] = Field(
+        description="Item ids as the model knows them."
+    )
+    actions: Annotated[list[int] | None, PlainList] = Field(
+        default=None, description="What the user did, one per item."
+    )
 
     def lengths(self) -> dict[str, int]:
         """Length of every array that was sent, by name."""
@@ -40,11 +56,12 @@ class _Events(_Strict):
 class History(_Events):
     """The user's past events, oldest first."""
 
-    timestamps: list[Seconds] | None = Field(
-        None, description="Whole seconds, non-decreasing; required where the model uses times."
+    timestamps: Annotated[list[Seconds] | None, PlainList] = Field(
+        default=None,
+        description="Whole seconds, non-decreasing; required where the model uses times.",
     )
     start_index: int = Field(
-        0, ge=0, le=MAX_INT64, description="Events of this user before the first one sent."
+        default=0, ge=0, le=MAX_INT64, description="Events of this user before the first one sent."
     )
 
 
@@ -55,37 +72,43 @@ class Candidates(_Events):
 class RecommendRequest(_Strict):
     """Body of `POST /v1/recommend`."""
 
-    model: str | None = Field(None, description="Name of the model; absent = the one served.")
+    model: str | None = Field(
+        default=None, description="Name of the model; absent = the one served."
+    )
     user: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         max_length=512,
         description="Who the history belongs to; without it nothing is kept for reuse.",
     )
     history: History
     candidates: Candidates | None = Field(
-        None, description="Absent = the best items of the whole catalogue are retrieved."
+        default=None, description="Absent = the best items of the whole catalogue are retrieved."
     )
     context: dict[str, Any] | None = Field(
-        None, description="Contextual features, for models that take any."
+        default=None, description="Contextual features, for models that take any."
     )
     request_time: Seconds | None = Field(
-        None, description="Whole seconds; absent = the time of the last event."
+        default=None, description="Whole seconds; absent = the time of the last event."
     )
     top_k: int | None = Field(
-        None, ge=1, le=MAX_INT64, description="Absent = all candidates, or 10 when retrieving."
+        default=None,
+        ge=1,
+        le=MAX_INT64,
+        description="Absent = all candidates, or 10 when retrieving.",
     )
     exclude_history: bool = Field(
-        False, description="Leave items of the history out of the answer."
+        default=False, description="Leave items of the history out of the answer."
     )
     deadline_ms: float | None = Field(
-        None, gt=0, description="Milliseconds after which the answer is of no use."
+        default=None, gt=0, description="Milliseconds after which the answer is of no use."
     )
-    priority: int = Field(0, ge=-MAX_INT64, le=MAX_INT64, description="Lower runs first.")
+    priority: int = Field(default=0, ge=-MAX_INT64, le=MAX_INT64, description="Lower runs first.")
 
 
-class RecommendedItem(BaseModel):
-    """One item of the answer."""
+@dataclass(slots=True)
+class RecommendedItem:
+    """One item of the answer; a plain dataclass, because answers hold thousands."""
 
     index: int
     """Place in `candidates`, or rank when retrieving."""

@@ -11,26 +11,14 @@ from typing import Any
 
 from block_manager.pool_layout import PoolConfig
 from helm_engine.clock import SystemClock
-from helm_engine.config import EngineConfig
-from helm_engine.engine_core import LoadedEngine, load_engine
-from helm_engine.exceptions import HelmError
-from helm_engine.input_processor import InputProcessor, PreparedRequest
+from helm_engine.config import EngineConfig, ExecutorConfig
+from helm_engine.engine_loader import load_engine
+from helm_engine.exceptions import HelmError, RequestAbortedError
+from helm_engine.input_processor import PreparedRequest
 from helm_engine.output_processor import build_recommendation
 from helm_engine.protocol import Recommendation, RecommendRequest, parse_request
 
 RequestLike = RecommendRequest | Mapping[str, Any]
-
-
-def build_input_processor(engine: LoadedEngine, config: EngineConfig) -> InputProcessor:
-    """The input processor that fits an engine."""
-    return InputProcessor(
-        model=engine.model_config,
-        model_name=config.model_name,
-        model_version=engine.model_version,
-        limits=config.limits,
-        block_tokens=engine.layout.block_tokens,
-        can_retrieve=engine.runner.retrieval_head is not None,
-    )
 
 
 class Recommender:
@@ -50,26 +38,28 @@ class Recommender:
         *,
         pool_bytes: int | None = None,
         emb_fraction: float | None = None,
+        device: str = "cpu",
     ) -> None:
-        """Loads the model with the engine's defaults.
+        """Loads the model with the engine's defaults; see `from_config` for everything else.
 
         Args:
             model_dir: the model directory.
             pool_bytes: size of the page pool; default as in `EngineConfig`.
             emb_fraction: share of the pool for embedding rows, 0..1; likewise.
+            device: `cpu`, `cuda` or `cuda:N`.
 
         Raises:
             ModelDirectoryError: the directory cannot be served.
             PoolTooSmallError: the pool cannot hold what one request may need.
             ValueError: an argument is outside its limits.
         """
-        config = EngineConfig(Path(model_dir))
-        pool = PoolConfig(
-            pool_bytes=config.pool.pool_bytes if pool_bytes is None else pool_bytes,
-            emb_fraction=config.pool.emb_fraction if emb_fraction is None else emb_fraction,
-            block_tokens=config.pool.block_tokens,
-        )
-        self._start(replace(config, pool=pool))
+        pool = PoolConfig()
+        if pool_bytes is not None:
+            pool = replace(pool, pool_bytes=pool_bytes)
+        if emb_fraction is not None:
+            pool = replace(pool, emb_fraction=emb_fraction)
+        executor = ExecutorConfig(device=device)
+        self._start(EngineConfig(Path(model_dir), pool=pool, executor=executor))
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Recommender:
@@ -82,7 +72,6 @@ class Recommender:
         self.config = config
         self._clock = SystemClock()
         self.engine = load_engine(config, self._clock)
-        self._processor = build_input_processor(self.engine, config)
 
     def recommend(self, request: RequestLike) -> Recommendation:
         """Answers one request.
@@ -112,30 +101,38 @@ class Recommender:
     def stream(self, requests: Iterable[object]) -> Iterator[Recommendation | HelmError]:
         """Answers requests as they come, in order, each with an answer or with its own error.
 
-        As many requests are in flight as may wait in the engine's queue, so that a long stream
-        takes bounded memory. An error in place of a request comes out in its turn.
+        Only a few more requests are read ahead than run at once, so that a long stream takes
+        bounded memory and a live one is answered as it goes. An error in place of a request
+        comes out in its turn. Closed early, the stream withdraws what it has read.
         """
+        limits = self.config.scheduler
+        read_ahead = min(2 * limits.max_num_seqs, limits.max_num_waiting)
         in_flight: deque[PreparedRequest | HelmError] = deque()
         unread = iter(requests)
         exhausted = False
-        while in_flight or not exhausted:
-            while not exhausted and len(in_flight) < self.config.scheduler.max_num_waiting:
-                try:
-                    raw = next(unread)
-                except StopIteration:
-                    exhausted = True
-                else:
-                    in_flight.append(self._submit(raw))
-            while in_flight and self._has_ended(in_flight[0]):
-                yield self._answer(in_flight.popleft())
-            if self.engine.core.has_work:
-                self.engine.core.step()
+        try:
+            while in_flight or not exhausted:
+                while not exhausted and len(in_flight) < read_ahead:
+                    try:
+                        in_flight.append(self._submit(next(unread)))
+                    except StopIteration:
+                        exhausted = True
+                while in_flight and self._has_ended(in_flight[0]):
+                    yield self._answer(in_flight.popleft())
+                if self.engine.core.has_work:
+                    self.engine.core.step()
+        finally:
+            withdrawn = RequestAbortedError("the stream was closed")
+            for entry in in_flight:
+                if not isinstance(entry, HelmError):
+                    self.engine.core.fail_request(entry.request, withdrawn)
+            self.engine.core.run_until_idle()
 
     def _submit(self, raw: object) -> PreparedRequest | HelmError:
         if isinstance(raw, HelmError):
             return raw
         try:
-            prepared = self._processor.process(
+            prepared = self.engine.processor.process(
                 parse_request(raw), f"rec-{uuid.uuid4().hex}", self._clock.now()
             )
             self.engine.core.add_request(prepared.request)

@@ -7,18 +7,22 @@ the last row of a history is never cached, so each micro-batch recomputes that o
 
 from __future__ import annotations
 
-import heapq
+from collections import deque
 from dataclasses import dataclass
 from itertools import count
+from math import inf
 
 import numpy as np
 
+from block_manager.block_pool import BlockPool
 from block_manager.embedding_cache import NOWHERE, EmbeddingCache
 from block_manager.kv_cache_manager import KVCacheManager
-from block_manager.page_pool import PagePool
+from block_manager.page_pool import PagePool, Tenant
+from block_manager.pool_layout import PoolLayout
 from helm_engine.config import SchedulerConfig
 from helm_engine.exceptions import DeadlineExceededError, HelmError, QueueFullError
 from helm_engine.request import Request, RequestStatus
+from helm_engine.request_queue import QueueKey, RequestQueue
 from model_executor.step import (
     CandidateScoring,
     Int64Array,
@@ -28,7 +32,15 @@ from model_executor.step import (
     SchedulerOutput,
 )
 
-_Key = tuple[int, float, int]
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """Where an unfinished request stands in the queues."""
+
+    urgency: QueueKey
+    """Priority, time it is due, number of arrival."""
+    deadline: QueueKey
+    """Deadline, number of arrival."""
 
 
 @dataclass(slots=True)
@@ -36,6 +48,7 @@ class SchedulerStats:
     """Totals since the start."""
 
     steps: int = 0
+    """Steps planned."""
     prefix_queries: int = 0
     """History rows of admitted requests."""
     prefix_hits: int = 0
@@ -79,9 +92,10 @@ class Scheduler:
         self.kv = kv
         self.emb = emb
         self.stats = SchedulerStats()
-        self._waiting: list[tuple[_Key, Request]] = []
-        self._running: dict[str, tuple[_Key, Request]] = {}
-        self._live: dict[str, Request] = {}
+        self._live: dict[str, _Keys] = {}
+        self._waiting = RequestQueue()
+        self._running = RequestQueue()
+        self._deadlines = RequestQueue()
         self._arrivals = count()
         self._failed: list[Request] = []
 
@@ -93,7 +107,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that hold nothing yet."""
-        return len(self._live) - len(self._running)
+        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
@@ -104,29 +118,41 @@ class Scheduler:
         """Queues a request.
 
         Raises:
-            QueueFullError: as many wait as may wait.
+            QueueFullError: as many wait, beyond those that have a free seat, as may wait.
         """
-        if self.num_waiting >= self.config.max_num_waiting:
+        free_seats = self.config.max_num_seqs - self.num_running
+        if self.num_waiting - free_seats >= self.config.max_num_waiting:
             raise QueueFullError(
                 f"{self.num_waiting} requests are waiting, the limit is "
                 f"{self.config.max_num_waiting}; try again later"
             )
         if request.request_id in self._live:
             raise ValueError(f"request id {request.request_id!r} is in use")
-        key = (request.priority, request.deadline, next(self._arrivals))
-        self._live[request.request_id] = request
-        heapq.heappush(self._waiting, (key, request))
+        number = next(self._arrivals)
+        has_deadline = request.deadline < inf
+        patience = request.arrival + self.config.patience_ms / 1e3
+        due = request.deadline if has_deadline else patience
+        keys = _Keys(urgency=(request.priority, due, number), deadline=(request.deadline, number))
+        self._live[request.request_id] = keys
+        self._waiting.add(keys.urgency, request)
+        if has_deadline:
+            self._deadlines.add(keys.deadline, request)
 
-    def fail(self, request_id: str, error: HelmError) -> None:
-        """Ends an unfinished request with an error; unknown ids are ignored."""
-        request = self._live.pop(request_id, None)
-        if request is None:
-            return
-        self._running.pop(request_id, None)
-        self.kv.free(request_id)
-        request.status = RequestStatus.FAILED
-        request.error = error
-        self._failed.append(request)
+    def fail(self, request: Request, error: HelmError) -> None:
+        """Ends a request with an error and frees what it held, unless it has ended before."""
+        if request.request_id in self._live:
+            self._release(request)
+            request.status = RequestStatus.FAILED
+            request.error = error
+            self._failed.append(request)
+
+    def _release(self, request: Request) -> None:
+        """Takes a request out of every queue and gives back its blocks."""
+        keys = self._live.pop(request.request_id)
+        self._waiting.remove(keys.urgency)
+        self._running.remove(keys.urgency)
+        self._deadlines.remove(keys.deadline)
+        self.kv.free(request.request_id)
 
     def take_failed(self) -> list[Request]:
         """Drains the requests that ended with an error since the last call."""
@@ -146,21 +172,9 @@ class Scheduler:
         return self._build_step(shares)
 
     def _expire(self, now: float) -> None:
-        late = [request for _, request in self._running.values() if request.deadline < now]
-        while (head := self._peek_waiting()) is not None and head[1].deadline < now:
-            heapq.heappop(self._waiting)
-            late.append(head[1])
-        for request in late:
-            self.fail(
-                request.request_id,
-                DeadlineExceededError("the deadline passed before the request was finished"),
-            )
-
-    def _peek_waiting(self) -> tuple[_Key, Request] | None:
-        """Head of the queue, past requests that were withdrawn while they waited."""
-        while self._waiting and self._waiting[0][1].status is not RequestStatus.WAITING:
-            heapq.heappop(self._waiting)
-        return self._waiting[0] if self._waiting else None
+        late = DeadlineExceededError("the deadline passed before the request was finished")
+        while (head := self._deadlines.first) is not None and head[1].deadline < now:
+            self.fail(head[1], late)
 
     def _share_budget(self, now: float) -> list[_Share]:
         """Gives the budget to running and waiting requests, earliest deadline first.
@@ -168,19 +182,18 @@ class Scheduler:
         A waiting request that finds no blocks is not overtaken by later ones, so none starves.
         """
         budget = self.config.max_num_batched_tokens
-        running = sorted(self._running.values(), key=lambda entry: entry[0], reverse=True)
+        running = deque(self._running)
         admitting = True
         shares: list[_Share] = []
         while budget > 0:
-            waiting = self._peek_waiting() if admitting else None
-            if waiting is not None and (not running or waiting[0] < running[-1][0]):
-                if not self._admit(waiting[1], waiting[0], now):
-                    admitting = False
+            waiting = self._waiting.first if admitting else None
+            if waiting is not None and (not running or waiting[0] < running[0][0]):
+                admitting = self._admit(*waiting, now)
+                if not admitting:
                     continue
-                heapq.heappop(self._waiting)
                 request = waiting[1]
             elif running:
-                request = running.pop()[1]
+                request = running.popleft()[1]
             else:
                 break
             share = self._share_of(request, budget)
@@ -189,7 +202,7 @@ class Scheduler:
                 budget -= share.num_rows + share.num_candidates
         return shares
 
-    def _admit(self, request: Request, key: _Key, now: float) -> bool:
+    def _admit(self, key: QueueKey, request: Request, now: float) -> bool:
         if len(self._running) >= self.config.max_num_seqs:
             return False
         cached = self.kv.allocate(
@@ -206,7 +219,8 @@ class Scheduler:
         needed = np.unique(np.concatenate([request.item_ids[cached:], request.candidate_ids]))
         request.rows_requested = len(needed)
         request.rows_resident = int(np.sum(self.emb.lookup(needed) != NOWHERE))
-        self._running[request.request_id] = (key, request)
+        self._waiting.remove(key)
+        self._running.add(key, request)
         self.stats.prefix_queries += request.num_rows
         self.stats.prefix_hits += cached
         return True
@@ -263,37 +277,38 @@ class Scheduler:
         """Commits a step that was carried out; returns the requests it finished."""
         self.emb.commit(step.rows)
         finished = []
+        running = {request.request_id: request for _, request in self._running}
         for scheduled in step.requests:
-            entry = self._running.get(scheduled.request_id)
-            if entry is None:
+            request = running.get(scheduled.request_id)
+            if request is None:
                 continue  # Withdrawn while the step ran.
-            request = entry[1]
-            request.add_timings(output.timings_ms)
-            request.num_computed = scheduled.start + scheduled.num_rows
-            self.kv.cache_blocks(request.request_id, request.block_hashes, request.num_computed)
-            if isinstance(scheduled.task, CandidateScoring):
-                scores = output.candidate_scores[request.request_id]
-                request.scores[request.num_scored : request.num_scored + len(scores)] = scores
-                request.num_scored += len(scores)
-            elif isinstance(scheduled.task, Retrieval):
-                request.retrieved = output.retrieved[request.request_id]
+            self._commit(request, scheduled, output)
             if request.is_done:
-                self._finish(request, now)
+                self._release(request)
+                request.status = RequestStatus.FINISHED
+                request.finished_at = now
                 finished.append(request)
         return finished
 
-    def _finish(self, request: Request, now: float) -> None:
-        del self._running[request.request_id]
-        del self._live[request.request_id]
-        self.kv.free(request.request_id)
-        request.status = RequestStatus.FINISHED
-        request.finished_at = now
+    def _commit(self, request: Request, scheduled: ScheduledRequest, output: ModelOutput) -> None:
+        """Takes over what a step did for one request."""
+        request.add_timings(output.timings_ms)
+        request.num_computed = scheduled.start + scheduled.num_rows
+        self.kv.cache_blocks(request.request_id, request.block_hashes, request.num_computed)
+        if isinstance(scheduled.task, CandidateScoring):
+            scores = output.candidate_scores[request.request_id]
+            request.scores[request.num_scored : request.num_scored + len(scores)] = scores
+            request.num_scored += len(scores)
+        elif isinstance(scheduled.task, Retrieval):
+            request.retrieved = output.retrieved[request.request_id]
 
     def fail_step(self, step: SchedulerOutput, error: HelmError) -> None:
         """A step could not be carried out: its requests fail, its row plan is undone."""
         self.emb.abandon(step.rows)
-        for scheduled in step.requests:
-            self.fail(scheduled.request_id, error)
+        in_step = {scheduled.request_id for scheduled in step.requests}
+        for _, request in list(self._running):
+            if request.request_id in in_step:
+                self.fail(request, error)
 
     def check_integrity(self) -> None:
         """Every page has one owner and both tenants' books add up.
@@ -303,3 +318,17 @@ class Scheduler:
         """
         self.pool.check_integrity(self.kv.pool, self.emb)
         self.kv.check_integrity()
+
+
+def build_scheduler(
+    config: SchedulerConfig, layout: PoolLayout, num_table_rows: int, track_dead: bool = False
+) -> Scheduler:
+    """Builds the pool's books and the scheduler over them."""
+    pool = PagePool(layout)
+    blocks = BlockPool(pool.pages_of(Tenant.KV), track_dead)
+    return Scheduler(
+        config,
+        pool,
+        KVCacheManager(blocks, layout.block_tokens),
+        EmbeddingCache(pool.pages_of(Tenant.EMB), layout.rows_per_page, num_table_rows, track_dead),
+    )

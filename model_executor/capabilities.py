@@ -18,7 +18,10 @@ class Capability:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """Computed for a model, not for a dialect."""
+    """Computed for a model, not for a dialect.
+
+    The scheduler relies on all three: a model that lacks one cannot be served yet.
+    """
 
     cross_request_reuse: Capability
     """K and V of a history's prefix may serve a later request."""

@@ -7,8 +7,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from model_executor.errors import RowsUnavailableError
-
 
 class HostStore(Protocol):
     """Source of embedding rows."""
@@ -40,12 +38,5 @@ class MemoryMappedTable:
         return len(self._table)
 
     def read_rows(self, row_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Copies of rows (int64 [n]): float32 [n, D].
-
-        Raises:
-            RowsUnavailableError: the file cannot be read.
-        """
-        try:
-            return np.take(self._table, row_ids, axis=0)
-        except OSError as error:
-            raise RowsUnavailableError(f"the item table cannot be read: {error}") from error
+        """Copies of rows (int64 [n]): float32 [n, D]."""
+        return np.take(self._table, row_ids, axis=0)

@@ -89,7 +89,7 @@ def read_model_config(path: Path) -> ModelConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelDirectoryError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelDirectoryError(f"{path}: is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ModelDirectoryError(f"{path}: must hold a JSON object")

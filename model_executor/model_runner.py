@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ from block_manager.embedding_cache import NOWHERE, RowPlan
 from block_manager.pool_layout import PoolLayout
 from model_executor.attention.backend import AttentionBackend
 from model_executor.host_store import HostStore
+from model_executor.memory_ledger import DeviceMemory
 from model_executor.models.heads import RetrievalHead
 from model_executor.models.hstu import HSTU
 from model_executor.page_arena import PageArena
@@ -32,21 +32,6 @@ from model_executor.step import (
 )
 
 Phase = Literal["load", "prefill", "score"]
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """Bytes that stay on the device between steps."""
-
-    weights: int
-    """Dense weights and, where there is a retrieval head, its item matrix."""
-    pages: int
-    staging: int
-
-    @property
-    def total(self) -> int:
-        """All of it: nothing else may stay."""
-        return self.weights + self.pages + self.staging
 
 
 class PhaseTimer:
@@ -146,8 +131,7 @@ class ModelRunner:
         if step.dead_blocks:
             self.arena.poison_pages(torch.tensor(step.dead_blocks, device=self._device))
         if len(step.dead_slots):
-            slots = to_device(step.dead_slots, self._device)
-            self.arena.poison_rows(self.arena.slot_addresses(slots))
+            self.arena.poison_slots(to_device(step.dead_slots, self._device))
 
     def _load_rows(self, plan: RowPlan) -> Tensor:
         """Copies the missing rows to the device; returns the address of every row of the plan."""
@@ -158,13 +142,22 @@ class ModelRunner:
             self.arena.slot_addresses(slots),
             self.arena.staging_addresses(staging),
         )
-        missing = np.flatnonzero(~plan.resident)
-        if len(missing):
-            rows = torch.from_numpy(self._table.read_rows(plan.row_ids[missing]))
-            self.arena.write_rows(
-                addresses[to_device(missing, self._device)], rows.to(self._device)
+        admitted = np.flatnonzero(~plan.resident & (plan.slots != NOWHERE))
+        staged = np.flatnonzero(plan.staging != NOWHERE)
+        if len(admitted):
+            self.arena.write_slots(
+                to_device(plan.slots[admitted], self._device),
+                self._fetch(plan.row_ids[admitted]),
+            )
+        if len(staged):
+            self.arena.write_staging(
+                to_device(plan.staging[staged], self._device), self._fetch(plan.row_ids[staged])
             )
         return addresses
+
+    def _fetch(self, row_ids: Int64Array) -> Tensor:
+        """Rows of the host tier on the device, float [n, D]."""
+        return torch.from_numpy(self._table.read_rows(row_ids)).to(self._device)
 
     def _encode(self, requests: tuple[ScheduledRequest, ...], addresses: Tensor) -> Tensor:
         """Runs the step's history rows: float [T, D]."""

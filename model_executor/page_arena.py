@@ -50,17 +50,26 @@ class PagedKV:
         return k[:num_tokens], v[:num_tokens]
 
 
+def _allocate(num_bytes: int, device: torch.device) -> Tensor:
+    try:
+        return torch.zeros(num_bytes // ELEMENT_BYTES, dtype=torch.float32, device=device)
+    except RuntimeError as error:  # torch's out-of-memory errors, of the CPU and of CUDA.
+        raise ValueError(f"pool_bytes: {device} has no {num_bytes} bytes left: {error}") from error
+
+
 class PageArena:
     """Owns the allocation; nothing else on the device holds rows or KV."""
 
     def __init__(self, layout: PoolLayout, config: ModelConfig, device: torch.device) -> None:
-        """Allocates `layout.total_bytes` on the device."""
+        """Allocates `layout.total_bytes` on the device.
+
+        Raises:
+            ValueError: the device does not have that much.
+        """
         self.layout = layout
         self._page_elements = layout.page_bytes // ELEMENT_BYTES
         self._row_elements = layout.row_bytes // ELEMENT_BYTES
-        self._storage = torch.zeros(
-            layout.total_bytes // ELEMENT_BYTES, dtype=torch.float32, device=device
-        )
+        self._storage = _allocate(layout.total_bytes, device)
         self.kv = self._view_kv(config)
         # Rows start at multiples of this many elements, in pages and in staging alike, so that
         # one row view with this stride reaches them all and a gather is one indexed read.
@@ -71,6 +80,13 @@ class PageArena:
                 self._row_elements,
             ),
             (self._address_stride, 1),
+        )
+
+        first_staging = layout.num_pages * self._page_elements
+        self._staging = self._storage[first_staging:].view(layout.staging_rows, self._row_elements)
+        self._slots = self._storage.as_strided(
+            (layout.num_pages, layout.rows_per_page, self._row_elements),
+            (self._page_elements, self._row_elements, 1),
         )
 
     def _view_kv(self, config: ModelConfig) -> PagedKV:
@@ -109,18 +125,22 @@ class PageArena:
         """Copies the rows at these addresses: float [n, D]."""
         return self._rows.index_select(0, addresses)
 
-    def write_rows(self, addresses: Tensor, rows: Tensor) -> None:
-        """Writes rows [n, D] to distinct addresses (int64 [n])."""
-        columns = torch.arange(self._row_elements, device=addresses.device)
-        elements = (addresses * self._address_stride).unsqueeze(1) + columns
-        self._storage[elements.view(-1)] = rows.reshape(-1)
+    def write_slots(self, slots: Tensor, rows: Tensor) -> None:
+        """Writes rows [n, D] to distinct slots (int64 [n])."""
+        per_page = self.layout.rows_per_page
+        pages = torch.div(slots, per_page, rounding_mode="floor")
+        self._slots.index_put_((pages, slots - pages * per_page), rows)
+
+    def write_staging(self, indices: Tensor, rows: Tensor) -> None:
+        """Writes rows [n, D] to distinct places of staging (int64 [n])."""
+        self._staging.index_copy_(0, indices, rows)
 
     def poison_pages(self, page_ids: Tensor) -> None:
         """Fills whole pages (int64 [n]) with NaN: a later read of freed KV shows as NaN."""
         pages = self._storage[: self.layout.num_pages * self._page_elements]
         pages.view(self.layout.num_pages, -1).index_fill_(0, page_ids, math.nan)
 
-    def poison_rows(self, addresses: Tensor) -> None:
-        """Fills rows at these addresses (int64 [n]) with NaN."""
-        nan = torch.full((len(addresses), self._row_elements), math.nan, device=addresses.device)
-        self.write_rows(addresses, nan)
+    def poison_slots(self, slots: Tensor) -> None:
+        """Fills row slots (int64 [n]) with NaN."""
+        nan = torch.full((len(slots), self._row_elements), math.nan, device=slots.device)
+        self.write_slots(slots, nan)

@@ -8,7 +8,6 @@ import gc
 import logging
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -22,34 +21,31 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from helm_engine.async_recommender import AsyncRecommender
 from helm_engine.clock import SystemClock
 from helm_engine.config import EngineConfig
-from helm_engine.engine_core import LoadedEngine, load_engine
+from helm_engine.engine_loader import LoadedEngine, load_engine
 from helm_engine.entrypoints.errors import install_error_handlers
 from helm_engine.exceptions import EngineDeadError
 from helm_engine.protocol import ErrorBody, Recommendation, RecommendRequest
-from helm_engine.recommender import build_input_processor
-from helm_engine.scheduler import SchedulerStats
 from helm_engine.version import __version__
 
 logger = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 10
+_CUT_OFF_SECONDS = 2
+"""Time to write the last answers before connections are closed."""
 
 
-def build_app(config: EngineConfig, engine: LoadedEngine) -> FastAPI:
+def build_app(engine: LoadedEngine) -> FastAPI:
     """The application around a loaded engine."""
-    processor = build_input_processor(engine, config)
-    created = int(time.time())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.recommender = AsyncRecommender(engine, processor, config, SystemClock())
+        app.state.recommender = AsyncRecommender(engine, SystemClock())
         yield
         app.state.recommender.close()
 
     app = FastAPI(title="HELM Engine", version=__version__, lifespan=lifespan)
     install_error_handlers(app)
     _add_recommend_routes(app)
-    _add_status_routes(app, config, engine, created)
+    _add_status_routes(app, engine)
     return app
 
 
@@ -62,15 +58,16 @@ def _add_recommend_routes(app: FastAPI) -> None:
         app.post(
             path,
             response_model=Recommendation,
-            responses={status: {"model": ErrorBody} for status in (400, 404, 422, 429, 503, 504)},
+            responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
             summary="Score candidates, or retrieve the best items of the catalogue",
             operation_id=path.strip("/").replace("/", "_"),
         )(recommend)
 
 
-def _add_status_routes(
-    app: FastAPI, config: EngineConfig, engine: LoadedEngine, created: int
-) -> None:
+def _add_status_routes(app: FastAPI, engine: LoadedEngine) -> None:
+    config = engine.config
+    created = int(time.time())
+
     @app.get("/health", responses={503: {"model": ErrorBody}})
     async def health() -> Response:
         """200 with an empty body while requests can be answered."""
@@ -83,6 +80,12 @@ def _add_status_routes(
         """The engine's version."""
         return {"version": __version__}
 
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        """Requests that run or wait."""
+        scheduler = engine.core.scheduler
+        return {"server_load": scheduler.num_running + scheduler.num_waiting}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The model served, in OpenAI's form, with its capabilities."""
@@ -91,7 +94,7 @@ def _add_status_routes(
             "object": "model",
             "created": created,
             "owned_by": "helm-engine",
-            "root": config.model_dir.name,
+            "root": config.model_dir.resolve().name,
             "parent": None,
             "max_model_len": engine.model_config.max_sequence_len,
             "dialect": engine.model_config.dialect,
@@ -107,9 +110,10 @@ def _add_status_routes(
             "model": config.model_name,
             "model_config": engine.model_config.model_dump(),
             "limits": asdict(config.limits),
-            "pool": asdict(engine.layout),
+            "pool": asdict(config.pool),
+            "layout": asdict(engine.layout),
             "scheduler": asdict(config.scheduler),
-            "device": config.executor.device,
+            "executor": asdict(config.executor),
         }
 
     @app.get("/metrics")
@@ -121,14 +125,23 @@ def _add_status_routes(
 class _Server(uvicorn.Server):
     """Ends with exit status 0 on SIGTERM and SIGINT, and says when it can be reached."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, announce: Callable[[], None], give_up: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self._announce = announce
+        self._give_up = give_up
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Requests that are still waiting then are answered, before uvicorn cuts them off.
+        grace = self.config.timeout_graceful_shutdown or 0
+        asyncio.get_running_loop().call_later(max(0, grace - _CUT_OFF_SECONDS), self._give_up)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -159,40 +172,35 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    config: EngineConfig, bound: socket.socket, announce: Callable[[LoadedEngine], None]
+    config: EngineConfig,
+    bound: socket.socket,
+    announce: Callable[[LoadedEngine], None],
+    shutdown_timeout: int,
 ) -> None:
-    """Loads the model, warms it up and serves it until SIGTERM or SIGINT.
+    """Loads the model and serves it until SIGTERM or SIGINT.
 
     Args:
         config: the engine's.
         bound: from `open_socket`.
         announce: called once the server can be reached.
+        shutdown_timeout: seconds that requests in flight have to finish after the signal; then
+            they are answered with 503.
+
+    Raises:
+        ValueError: the model or the configuration cannot be served; see `load_engine`.
     """
-    # Until the server has its own handler: a stop while the model loads is no failure either.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     engine = load_engine(config, SystemClock())
-    warm_up(config, engine)
-    app = build_app(config, engine)
+    app = build_app(engine)
     gc.collect()
     gc.freeze()
     server_config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=shutdown_timeout + _CUT_OFF_SECONDS,
     )
-    _Server(server_config, lambda: announce(engine)).run(sockets=[bound])
-
-
-def warm_up(config: EngineConfig, engine: LoadedEngine) -> None:
-    """Runs one request of each kind, so that the first client finds everything initialised."""
-    processor = build_input_processor(engine, config)
-    times = list(range(engine.model_config.max_sequence_len))
-    history = {"item_ids": [1] * len(times), "timestamps": times}
-    bodies: list[dict[str, Any]] = [{"history": history, "candidates": {"item_ids": [1]}}]
-    if engine.runner.retrieval_head is not None:
-        bodies.append({"history": history, "top_k": 1})
-    for number, body in enumerate(bodies):
-        request = RecommendRequest.model_validate(body)
-        prepared = processor.process(request, f"warm-up-{number}", SystemClock().now())
-        engine.core.add_request(prepared.request)
-    while engine.core.has_work:
-        engine.core.step()
-    engine.core.scheduler.stats = SchedulerStats()
+    server = _Server(
+        server_config,
+        announce=lambda: announce(engine),
+        give_up=lambda: app.state.recommender.give_up(),
+    )
+    server.run(sockets=[bound])

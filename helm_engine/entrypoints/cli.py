@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from rich.logging import RichHandler
 
 from block_manager.pool_layout import PoolConfig
 from helm_engine.config import EngineConfig, ExecutorConfig, SchedulerConfig
+from helm_engine.exceptions import HelmError
 from helm_engine.version import __version__
 
 if TYPE_CHECKING:
-    from helm_engine.engine_core import LoadedEngine
+    from helm_engine.engine_loader import LoadedEngine
 
 app = typer.Typer(
     name="helm-engine",
@@ -39,15 +41,18 @@ MaxBatchedTokens = Annotated[
     int, typer.Option(help="History tokens and candidates of one step together.")
 ]
 MaxSeqs = Annotated[int, typer.Option(help="Requests that run at once.")]
+MaxWaiting = Annotated[
+    int, typer.Option(help="Requests that may wait beyond those; further ones get 429.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 ServedName = Annotated[
     str | None, typer.Option(help="Name of the model in requests; default: the directory's.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what the engine does.")]
 
-_POOL_BYTES = "64MiB"
-_EMB_FRACTION = 0.25
-_BLOCK_TOKENS = 16
+_POOL = PoolConfig()
+_SCHEDULER = SchedulerConfig()
+_POOL_BYTES = f"{_POOL.pool_bytes >> 20}MiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class _EngineOptions:
     block_tokens: int
     max_num_batched_tokens: int
     max_num_seqs: int
+    max_num_waiting: int
     device: str
     served_model_name: str | None
 
@@ -81,6 +87,7 @@ class _EngineOptions:
             scheduler=SchedulerConfig(
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 max_num_seqs=self.max_num_seqs,
+                max_num_waiting=self.max_num_waiting,
             ),
             executor=ExecutorConfig(device=self.device),
             served_model_name=self.served_model_name,
@@ -116,22 +123,28 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
     pool_bytes: PoolBytes = _POOL_BYTES,
-    emb_fraction: EmbFraction = _EMB_FRACTION,
-    block_tokens: BlockTokens = _BLOCK_TOKENS,
-    max_num_batched_tokens: MaxBatchedTokens = 2048,
-    max_num_seqs: MaxSeqs = 64,
+    emb_fraction: EmbFraction = _POOL.emb_fraction,
+    block_tokens: BlockTokens = _POOL.block_tokens,
+    max_num_batched_tokens: MaxBatchedTokens = _SCHEDULER.max_num_batched_tokens,
+    max_num_seqs: MaxSeqs = _SCHEDULER.max_num_seqs,
+    max_num_waiting: MaxWaiting = _SCHEDULER.max_num_waiting,
     device: Device = "cpu",
     served_model_name: ServedName = None,
+    shutdown_timeout: Annotated[
+        int, typer.Option(min=0, help="Seconds that requests in flight have after SIGTERM.")
+    ] = 10,
     verbose: Verbose = False,
 ) -> None:
     """Serve a model over HTTP until SIGTERM."""
+    # Until the server has its own handler: a stop while the model loads is no failure either.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # Loaded here: `--help` must not wait for torch.
     from helm_engine.entrypoints import api_server
 
     _start_logging(verbose)
     options = _EngineOptions(
         model_dir, pool_bytes, emb_fraction, block_tokens,
-        max_num_batched_tokens, max_num_seqs, device, served_model_name,
+        max_num_batched_tokens, max_num_seqs, max_num_waiting, device, served_model_name,
     )  # fmt: skip
     try:
         config = options.resolve()
@@ -145,8 +158,8 @@ def serve(
         print(_welcome(config, engine, host, bound.getsockname()[1]), flush=True)
 
     try:
-        api_server.serve(config, bound, announce)
-    except ValueError as error:
+        api_server.serve(config, bound, announce, shutdown_timeout)
+    except (ValueError, HelmError) as error:
         _fail(error)
 
 
@@ -160,7 +173,8 @@ def _welcome(config: EngineConfig, engine: LoadedEngine, host: str, port: int) -
         f"HELM Engine {__version__} serves {config.model_name} on {address}\n"
         f"pool: {layout.num_pages} pages of {layout.page_bytes} bytes "
         f"(KV {layout.num_kv_pages}, EMB {layout.num_emb_pages}), "
-        f"{memory.staging} bytes of staging; weights: {memory.weights} bytes\n"
+        f"{memory.staging} bytes of staging; weights: {memory.weights} bytes; "
+        f"activations: at most {engine.activation_bound} bytes\n"
         "Try it:\n\n"
         f"curl -s {address}/v1/recommend -H 'Content-Type: application/json' -d "
         f"""'{{"user": "demo", "history": {{"item_ids": [{items}], """
@@ -174,10 +188,11 @@ def run_batch(
     target: Annotated[Path, typer.Option("--output", "-o", help="Where answers go.")],
     model_dir: ModelOption,
     pool_bytes: PoolBytes = _POOL_BYTES,
-    emb_fraction: EmbFraction = _EMB_FRACTION,
-    block_tokens: BlockTokens = _BLOCK_TOKENS,
-    max_num_batched_tokens: MaxBatchedTokens = 2048,
-    max_num_seqs: MaxSeqs = 64,
+    emb_fraction: EmbFraction = _POOL.emb_fraction,
+    block_tokens: BlockTokens = _POOL.block_tokens,
+    max_num_batched_tokens: MaxBatchedTokens = _SCHEDULER.max_num_batched_tokens,
+    max_num_seqs: MaxSeqs = _SCHEDULER.max_num_seqs,
+    max_num_waiting: MaxWaiting = _SCHEDULER.max_num_waiting,
     device: Device = "cpu",
     served_model_name: ServedName = None,
     verbose: Verbose = False,
@@ -189,11 +204,11 @@ def run_batch(
     _start_logging(verbose)
     options = _EngineOptions(
         model_dir, pool_bytes, emb_fraction, block_tokens,
-        max_num_batched_tokens, max_num_seqs, device, served_model_name,
+        max_num_batched_tokens, max_num_seqs, max_num_waiting, device, served_model_name,
     )  # fmt: skip
     try:
         counted = batch.run_batch(Recommender.from_config(options.resolve()), source, target)
-    except ValueError as error:
+    except (ValueError, HelmError) as error:
         _fail(error)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}")

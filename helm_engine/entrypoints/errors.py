@@ -45,10 +45,12 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(_: Request, error: HTTPException) -> JSONResponse:
+        # Bodies that the JSON parser gives up on (encoding, nesting) come as a plain 400.
+        broken_body = error.status_code == 400
         detail = ErrorDetail(
-            message=str(error.detail),
+            message=f"body: {error.detail}" if broken_body else str(error.detail),
             type="invalid_request_error" if error.status_code < 500 else "internal_error",
-            param=None,
+            param="body" if broken_body else None,
             code=error.status_code,
         )
         return JSONResponse(

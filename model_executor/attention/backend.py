@@ -15,7 +15,7 @@ class AttentionBackend(Protocol):
     """Causal HSTU attention of a step's rows over their paged histories."""
 
     def time_buckets(self, batch: PagedBatch, edges: Tensor) -> tuple[Tensor, ...]:
-        """Time bucket of every pair, one int64 [num_rows, context_len] per sequence.
+        """Time bucket of every pair, one int16 [num_rows, context_len] per sequence.
 
         Computed once per step: buckets are the same for all layers.
         """

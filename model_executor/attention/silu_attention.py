@@ -23,7 +23,8 @@ def silu_attention(
     Returns:
         Float [..., n, H, dv].
     """
-    scores = torch.einsum("...nhd,...mhd->...hnm", q, k) + bias.unsqueeze(-3)
-    weights = functional.silu(scores) / normaliser
-    weights = weights.masked_fill(~allowed.unsqueeze(-3), 0.0)
-    return torch.einsum("...hnm,...mhd->...nhd", weights, v)
+    scores = torch.einsum("...nhd,...mhd->...hnm", q, k).add_(bias.unsqueeze(-3))
+    # The pairs are by far the largest tensor: written in place where no gradient needs them.
+    weights = functional.silu(scores, inplace=not torch.is_grad_enabled())
+    weights.masked_fill_(~allowed.unsqueeze(-3), 0.0)
+    return torch.einsum("...hnm,...mhd->...nhd", weights, v) / normaliser

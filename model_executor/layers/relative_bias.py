@@ -36,10 +36,10 @@ def time_buckets(query_times: Tensor, key_times: Tensor, edges: Tensor) -> Tenso
         edges: from `time_bucket_edges`.
 
     Returns:
-        Buckets, int64 [..., n, m].
+        Buckets, int16 [..., n, m]: they are kept for all layers of a step.
     """
     distance = (query_times.unsqueeze(-1) - key_times.unsqueeze(-2)).abs_()
-    return torch.bucketize(distance, edges, right=True)
+    return torch.bucketize(distance, edges, right=True, out_int32=True).to(torch.int16)
 
 
 class RelativeBias(nn.Module):
@@ -51,13 +51,15 @@ class RelativeBias(nn.Module):
         self.position_weight = nn.Parameter(torch.empty(2 * num_positions - 1))
         self.time_weight = nn.Parameter(torch.empty(num_time_buckets + 1))
 
-    def forward(self, query_positions: Tensor, key_positions: Tensor, buckets: Tensor) -> Tensor:
-        """Bias of each pair, float [..., n, m].
+    def forward(self, query_positions: Tensor, buckets: Tensor) -> Tensor:
+        """Bias of each pair, float [..., n, m]; the keys are rows 0 .. m - 1.
 
         Args:
-            query_positions: rows of the queries, int64 [n].
-            key_positions: rows of the keys, int64 [m].
-            buckets: from `time_buckets`, int64 [..., n, m].
+            query_positions: rows of the queries, int64 [n], each below the table's positions.
+            buckets: from `time_buckets`, [..., n, m].
         """
-        offset = key_positions.unsqueeze(0) - query_positions.unsqueeze(1)
-        return self.position_weight[offset + self.num_positions - 1] + self.time_weight[buckets]
+        # For query row i the entries of keys 0, 1, 2, ... follow one another in the table, so a
+        # row of the bias is a window of it and no [n, m] index is needed.
+        windows = self.position_weight.unfold(0, buckets.shape[-1], 1)
+        by_position = windows[self.num_positions - 1 - query_positions]
+        return by_position + self.time_weight[buckets.long()]

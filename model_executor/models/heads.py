@@ -12,7 +12,7 @@ from model_executor.models.hstu import HSTU
 from model_executor.step import Float32Array, Int64Array, Retrieval
 
 _BUILD_CHUNK_ROWS = 65_536
-_SCORES_PER_PASS = 1 << 24
+SCORES_PER_PASS = 1 << 24
 """Scores of one product at most (64 MiB of fp32): users are taken in groups."""
 
 
@@ -27,7 +27,8 @@ class RetrievalHead:
         """Builds the matrix chunk by chunk from the host tier.
 
         Raises:
-            ModelDirectoryError: the matrix would take more than `max_bytes`.
+            ModelDirectoryError: the matrix would take more than `max_bytes`, or a row of the
+                table holds a value that is not finite.
         """
         config = model.config
         needed = config.num_items * config.embedding_dim * 4
@@ -42,6 +43,11 @@ class RetrievalHead:
             last = min(first + _BUILD_CHUNK_ROWS, config.num_items)
             # Item ids start at 1: row 0 of the table is padding.
             rows = table.read_rows(np.arange(first + 1, last + 1))
+            broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+            if len(broken):
+                raise ModelDirectoryError(
+                    f"item table: row {first + 1 + broken[0]} holds values that are not finite"
+                )
             self.matrix[first:last] = model.normalise(torch.from_numpy(rows).to(device))
 
     def retrieve(
@@ -57,7 +63,7 @@ class RetrievalHead:
             For each user item ids, int64 [k], and scores, float32 [k]; k is smaller than asked
             for when the catalogue less the excluded items is.
         """
-        group = max(1, _SCORES_PER_PASS // len(self.matrix))
+        group = max(1, SCORES_PER_PASS // len(self.matrix))
         results = []
         for first in range(0, len(tasks), group):
             scores = users[first : first + group] @ self.matrix.T
@@ -69,8 +75,11 @@ class RetrievalHead:
         excluded = torch.from_numpy(task.excluded_ids - 1).to(scores.device)
         scores.index_fill_(0, excluded, -torch.inf)
         k = min(task.top_k, len(scores) - len(task.excluded_ids))
-        values, indices = scores.topk(k)
+        if k <= 0:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+        # All items that tie with the k-th: topk picks among them as it pleases.
+        indices = torch.nonzero(scores >= scores.topk(k).values[-1]).squeeze(1)
         item_ids = indices.cpu().numpy() + 1
-        best = values.cpu().numpy()
-        order = np.lexsort((item_ids, -best))
+        best = scores[indices].cpu().numpy()
+        order = np.lexsort((item_ids, -best))[:k]
         return item_ids[order], best[order]

@@ -47,6 +47,8 @@ class EmbeddingCacheMachine(RuleBasedStateMachine):
         self.slot_of: dict[int, int] = {}
         self.heat: Counter[int] = Counter()
         self.accesses = 0
+        self.last_use: dict[int, int] = {}
+        self.num_steps = 0
         self.dead: set[int] = set()
         self.open: RowPlan | None = None
 
@@ -90,14 +92,18 @@ class EmbeddingCacheMachine(RuleBasedStateMachine):
         # Free slots first; then the hottest of the rest displace strictly colder rows only.
         assert len(evicted) == max(0, len(admitted) - num_free)
         displacing = newcomers[len(newcomers) - len(evicted) :]
-        victims = sorted(self.heat[row] for row in evicted)
-        assert all(new > old for new, old in zip(displacing, victims, strict=True))
+        victims = sorted((self.heat[row], self.last_use[row]) for row in evicted)
+        assert all(new > old for new, (old, _) in zip(displacing, victims, strict=True))
         # Nobody left outside is hotter than an admitted row, or than a row it could displace.
         spared = [row for row in self.slot_of if row not in evicted and row not in hits]
         hottest_outside = max((self.heat[row] for row in homeless), default=0)
         assert all(hottest_outside <= self.heat[row] for row in [*spared, *admitted])
-        assert all(self.heat[row] >= max(victims, default=0) for row in spared)
+        assert all(
+            (self.heat[row], self.last_use[row]) >= max(victims, default=()) for row in spared
+        )
         self.dead |= {self.slot_of.pop(row) for row in evicted}
+        self.num_steps += 1
+        self.last_use |= dict.fromkeys([*hits, *admitted], self.num_steps)
 
     @precondition(lambda self: self.open is not None)
     @rule()

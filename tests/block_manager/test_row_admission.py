@@ -65,11 +65,19 @@ def test_newcomer_asked_for_more_often_displaces_the_coldest_row() -> None:
 
 
 def test_of_equally_cold_rows_the_one_used_longest_ago_is_displaced() -> None:
-    cache = make_cache()
+    cache = cache_of_hot_rows(times=1)
     for row in (2, 0, 3, 1):
         use(cache, [row])
-    use(cache, [9], times=2)
+    use(cache, [9], times=3)
     assert resident(cache) == {0, 1, 3, 9}
+
+
+def test_row_counts_as_used_when_it_is_admitted() -> None:
+    cache = make_cache()
+    for row in (1, 2, 3, 0):
+        use(cache, [row])
+    use(cache, [9], times=2)
+    assert resident(cache) == {0, 2, 3, 9}
 
 
 def test_row_of_the_running_step_is_not_displaced_by_a_hotter_one() -> None:

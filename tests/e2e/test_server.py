@@ -19,6 +19,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from examples.hstu_training import score_histories
+from helm_engine.entrypoints.api_server import open_socket
 from model_executor.checkpoint import load_config, load_dense_weights, map_item_table
 from tests.e2e.running_server import BUNDLED_MODEL, RunningServer, command, running_server
 
@@ -174,6 +175,8 @@ def test_bad_input_is_refused_and_the_field_is_named(
         (b'{"history": ', "body"),
         (b"", "body"),
         (b"\xff\xfe", "body"),
+        (b"[" * 100_000, "body"),
+        (b'{"history": ' + b"9" * 5_000 + b"}", "body"),
         (b'{"history": {"item_ids": [1, NaN], "timestamps": [1, 2]}}', "history.item_ids[1]"),
         (b'{"history": {"item_ids": [1], "timestamps": [Infinity]}}', "history.timestamps[0]"),
         (
@@ -286,6 +289,28 @@ def test_sigterm_with_requests_in_flight_answers_them_and_exits_0() -> None:
         assert set(answered) <= {200, 503}
 
 
+def test_requests_beyond_the_shutdown_timeout_are_answered_with_503() -> None:
+    flags = ("--max-num-batched-tokens", "2", "--shutdown-timeout", "0")
+    with running_server(BUNDLED_MODEL, *flags) as server:
+        history = {"item_ids": [5] * 200, "timestamps": list(range(200))}
+        body = {"history": history, "candidates": {"item_ids": list(range(1, 1683))}}
+        answers: queue.SimpleQueue[httpx.Response] = queue.SimpleQueue()
+
+        def ask() -> None:
+            answers.put(server.post(body))
+
+        clients = [threading.Thread(target=ask) for _ in range(4)]
+        for client in clients:
+            client.start()
+        while server.get("/load").json()["server_load"] < 4:
+            pass
+        assert server.stop() == 0
+        for _ in clients:
+            answer = answers.get(timeout=60)
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == 503
+
+
 def test_sigterm_while_the_model_loads_is_no_failure() -> None:
     process = subprocess.Popen(
         command("serve", str(BUNDLED_MODEL), "--port", "0", "--verbose"),
@@ -307,6 +332,12 @@ def _refused(*arguments: str) -> str:
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
     return line
+
+
+def test_the_listening_socket_says_that_it_is_tcp() -> None:
+    # What asyncio asks before it turns off Nagle's algorithm, which would delay every answer.
+    with open_socket("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
 
 
 def test_a_port_in_use_is_said_in_one_line() -> None:

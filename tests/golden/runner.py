@@ -20,7 +20,7 @@ from block_manager.block_hash import hash_blocks, root_hash
 from block_manager.pool_layout import PoolConfig, plan_layout
 from helm_engine.clock import SystemClock
 from helm_engine.config import EngineConfig, ExecutorConfig, SchedulerConfig
-from helm_engine.engine_core import LoadedEngine, load_engine
+from helm_engine.engine_loader import LoadedEngine, load_engine
 from helm_engine.input_processor import PreparedRequest
 from helm_engine.output_processor import build_recommendation
 from helm_engine.request import Request

@@ -47,6 +47,7 @@ def test_every_line_is_answered_in_order_and_bad_ones_become_error_lines(
         line("unknown item", {"history": {"item_ids": [999], "timestamps": [1]}}),
         "{broken",
         "[1, 2]",
+        "[" * 100_000,
         line("no body", None),
         line("wrong url", good, url="/v1/embeddings"),
         line("wrong method", good, method="GET"),
@@ -56,12 +57,13 @@ def test_every_line_is_answered_in_order_and_bad_ones_become_error_lines(
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     done = run(model_dir, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.strip().endswith("2 answered, 7 failed")
+    assert done.stderr.strip().endswith("2 answered, 8 failed")
 
     answers = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(a["custom_id"], a["response"]["status_code"]) for a in answers] == [
         ("good", 200),
         ("unknown item", 400),
+        (None, 400),
         (None, 400),
         (None, 400),
         ("no body", 400),
@@ -92,3 +94,14 @@ def test_an_absent_input_file_is_said_in_one_line(model_dir: Path, tmp_path: Pat
     assert done.returncode == 2
     (message,) = done.stderr.strip().splitlines()
     assert "absent.jsonl" in message
+
+
+def test_an_output_that_is_the_input_is_refused_and_left_alone(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "both.jsonl"
+    source.write_text(line("a", {"history": HISTORY}))
+    done = run(model_dir, source, source)
+    assert done.returncode == 2
+    assert "is the input file" in done.stderr
+    assert source.read_text() == line("a", {"history": HISTORY})

@@ -63,10 +63,11 @@ def test_a_withdrawn_request_frees_its_blocks() -> None:
 
 def test_a_full_queue_is_told_to_the_one_who_came_too_late() -> None:
     async def scenario() -> None:
-        simulation = Simulation(SchedulerConfig(max_num_seqs=1, max_num_waiting=1))
+        limits = SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=1, max_num_waiting=1)
+        simulation = Simulation(limits)
         begun, go_on = _hold_first_step(simulation)
         client = InProcessEngineClient(simulation.core, asyncio.get_running_loop())
-        first = asyncio.create_task(client.submit(make_request("first")))
+        first = asyncio.create_task(client.submit(make_request("first", 300)))
         await asyncio.to_thread(begun.wait, 30)
         rest = [asyncio.create_task(client.submit(make_request(f"r{n}"))) for n in range(3)]
         await asyncio.sleep(0)

@@ -9,7 +9,7 @@ from block_manager.block_hash import hash_blocks, root_hash
 from block_manager.pool_layout import PoolConfig, plan_layout
 from helm_engine.clock import VirtualClock
 from helm_engine.config import SchedulerConfig
-from helm_engine.engine_core import EngineCore, build_scheduler
+from helm_engine.engine_core import EngineCore
 from helm_engine.exceptions import (
     DeadlineExceededError,
     QueueFullError,
@@ -17,6 +17,7 @@ from helm_engine.exceptions import (
     StepFailedError,
 )
 from helm_engine.request import Request, RequestStatus
+from helm_engine.scheduler import build_scheduler
 from model_executor.cost_profile import CostProfile
 from model_executor.simulated_executor import SimulatedExecutor
 from model_executor.step import ModelOutput, SchedulerOutput
@@ -185,10 +186,10 @@ def test_no_step_exceeds_the_token_budget_and_every_row_and_candidate_runs() -> 
 
 def test_the_earliest_deadline_runs_first_among_equal_priorities() -> None:
     simulation = Simulation(SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=1))
-    simulation.core.add_request(make_request("late", deadline=9.0))
+    simulation.core.add_request(make_request("late", deadline=0.9))
     simulation.core.add_request(make_request("none"))
-    simulation.core.add_request(make_request("soon", deadline=5.0))
-    simulation.core.add_request(make_request("vip", deadline=8.0, priority=-1))
+    simulation.core.add_request(make_request("soon", deadline=0.5))
+    simulation.core.add_request(make_request("vip", deadline=0.8, priority=-1))
     assert [request.request_id for request in simulation.drain()] == [
         "vip",
         "soon",
@@ -201,7 +202,7 @@ def test_an_urgent_request_shares_the_budget_before_a_running_long_prefill() -> 
     simulation = Simulation(SchedulerConfig(max_num_batched_tokens=40, max_num_seqs=4))
     simulation.core.add_request(make_request("long", 400))
     simulation.core.step()
-    simulation.core.add_request(make_request("urgent", 20, 10, deadline=1.0))
+    simulation.core.add_request(make_request("urgent", 20, 10, deadline=0.5))
     assert [request.request_id for request in simulation.core.step()] == ["urgent"]
     assert [request.request_id for request in simulation.drain()] == ["long"]
 
@@ -215,13 +216,56 @@ def test_a_request_that_finds_no_blocks_waits_and_is_not_overtaken() -> None:
     assert [request.request_id for request in simulation.drain()] == ["first", "second", "third"]
 
 
+def test_a_request_without_a_deadline_is_not_starved_by_those_with_one() -> None:
+    simulation = Simulation(SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=1))
+    simulation.core.add_request(make_request("patient"))
+    ended: list[Request] = []
+    for number in range(2000):
+        now = simulation.clock.now()
+        hurried = make_request(f"r{number}", arrival=now, deadline=now + 0.05)
+        simulation.core.add_request(hurried)
+        ended += simulation.core.step()
+        if any(request.request_id == "patient" for request in ended):
+            break
+    patient = next(request for request in ended if request.request_id == "patient")
+    assert patient.status is RequestStatus.FINISHED
+    # It was due a second after it came.
+    assert 0.9 < patient.finished_at < 1.1
+    simulation.drain()
+
+
+def test_an_expired_request_is_told_at_once_even_behind_others_that_wait() -> None:
+    simulation = Simulation(SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=1))
+    simulation.core.add_request(make_request("running", 400, priority=-1))
+    simulation.core.step()
+    simulation.core.add_request(make_request("vip", priority=-1, deadline=100.0))
+    simulation.core.add_request(make_request("late", deadline=simulation.clock.now()))
+    simulation.clock.advance(0.001)
+    assert [request.request_id for request in simulation.core.step()] == ["late"]
+    assert simulation.scheduler.num_waiting == 1
+    simulation.drain()
+
+
+def test_withdrawn_requests_leave_the_queue_at_once() -> None:
+    simulation = Simulation(SchedulerConfig(max_num_seqs=1, max_num_waiting=3))
+    requests = [make_request(f"r{number}") for number in range(4)]
+    for _ in range(50):
+        for request in requests:
+            simulation.core.add_request(request)
+        assert simulation.scheduler.num_waiting == 4
+        for request in requests:
+            simulation.core.fail_request(request, RequestAbortedError("withdrawn"))
+        assert simulation.scheduler.num_waiting == 0
+    simulation.drain()
+
+
 def test_a_full_queue_refuses_and_names_the_limit() -> None:
-    simulation = Simulation(SchedulerConfig(max_num_waiting=2))
-    simulation.core.add_request(make_request("a"))
-    simulation.core.add_request(make_request("b"))
+    simulation = Simulation(SchedulerConfig(max_num_seqs=1, max_num_waiting=2))
+    for name in "abc":  # One of them has a free seat.
+        simulation.core.add_request(make_request(name))
     with pytest.raises(QueueFullError, match="the limit is 2"):
-        simulation.core.add_request(make_request("c"))
-    assert len(simulation.drain()) == 2
+        simulation.core.add_request(make_request("d"))
+    assert len(simulation.drain()) == 3
 
 
 def test_a_request_past_its_deadline_ends_with_an_error_and_frees_its_blocks() -> None:
@@ -238,11 +282,12 @@ def test_a_request_past_its_deadline_ends_with_an_error_and_frees_its_blocks() -
 @pytest.mark.parametrize("steps_before", [0, 1, 2])
 def test_a_withdrawn_request_gives_everything_back(steps_before: int) -> None:
     simulation = Simulation(SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=1))
-    simulation.core.add_request(make_request("gone", 300))
+    gone = make_request("gone", 300)
+    simulation.core.add_request(gone)
     simulation.core.add_request(make_request("stays", 30))
     for _ in range(steps_before):
         simulation.core.step()
-    simulation.core.fail_request("gone", RequestAbortedError("withdrawn"))
+    simulation.core.fail_request(gone, RequestAbortedError("withdrawn"))
     ended = {request.request_id: request for request in simulation.drain()}
     assert isinstance(ended["gone"].error, RequestAbortedError)
     assert ended["stays"].status is RequestStatus.FINISHED

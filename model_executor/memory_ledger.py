@@ -1,0 +1,51 @@
+"""What stays on the device between steps, and what one step may add to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model_executor.attention.torch_reference import PAIRS_PER_TILE
+from model_executor.model_config import ModelConfig
+from model_executor.models.heads import SCORES_PER_PASS
+
+_FLOAT = 4
+_PAIR_BYTES = 32
+"""Of one query-key pair, heads apart: distance, bucket, two biases and their sum, mask."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes that stay on the device between steps."""
+
+    weights: int
+    """Dense weights and, where there is a retrieval head, its item matrix."""
+    pages: int
+    staging: int
+
+    @property
+    def total(self) -> int:
+        """All of it: nothing else may stay."""
+        return self.weights + self.pages + self.staging
+
+
+def activation_bound(config: ModelConfig, max_tokens: int, max_seqs: int, retrieves: bool) -> int:
+    """Bytes of activations that one step holds at most with the reference backend.
+
+    Args:
+        config: the model.
+        max_tokens: history rows and candidates of a step.
+        max_seqs: requests of a step.
+        retrieves: whether there is a retrieval head.
+    """
+    heads_v, heads_qk = config.num_heads * config.dv, config.num_heads * config.dqk
+    projected = 2 * (heads_v + heads_qk)
+    # Rows read, scaled, summed, normalised, projected twice, attended, gated, and what replaces x.
+    row = 7 * config.embedding_dim + 2 * projected + 4 * heads_v
+    longest = config.max_sequence_len
+    gathered = longest * (heads_qk + heads_v)
+    pairs = min(max_tokens, longest) * longest
+    tile = min(pairs, PAIRS_PER_TILE // config.num_heads)
+    attention = tile * (_PAIR_BYTES + 3 * config.num_heads * _FLOAT)
+    buckets = 2 * max_tokens * longest
+    retrieval = 2 * min(max_seqs * config.num_items, SCORES_PER_PASS) if retrieves else 0
+    return _FLOAT * (max_tokens * row + 2 * gathered + retrieval) + attention + 2 * buckets

@@ -1,0 +1,107 @@
+"""The engine as a Python object: what callers pass, streams, and what is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helm_engine.exceptions import HelmError, InvalidRequestError
+from helm_engine.protocol import Recommendation
+from helm_engine.recommender import Recommender
+from tests.toy_models import read_reference, toy_config, toy_engine_config, write_toy_model
+
+HISTORY = {"item_ids": [3, 1, 4], "timestamps": [10, 20, 30]}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy model."""
+    return write_toy_model(tmp_path_factory.mktemp("models") / "toy", toy_config())
+
+
+@pytest.fixture
+def recommender(model_dir: Path) -> Iterator[Recommender]:
+    """An engine that must be idle and whole afterwards."""
+    made = Recommender.from_config(toy_engine_config(model_dir, max_num_seqs=4))
+    yield made
+    assert not made.engine.core.has_work
+    pool = made.engine.core.scheduler.kv.pool
+    assert pool.num_free_blocks == len(pool.blocks) - 1
+    made.engine.core.check_integrity()
+
+
+def test_tuples_and_arrays_are_taken_for_lists(recommender: Recommender) -> None:
+    plain = recommender.recommend({"history": HISTORY})
+    for make in (tuple, np.array):
+        history = {name: make(values) for name, values in HISTORY.items()}
+        assert recommender.recommend({"history": history}).data == plain.data
+
+
+def test_excluding_every_item_leaves_an_empty_answer(recommender: Recommender) -> None:
+    history = {"item_ids": list(range(1, 61)), "timestamps": list(range(60))}
+    assert recommender.recommend({"history": history, "exclude_history": True}).data == []
+    candidates = {"item_ids": [5, 6]}
+    body = {"history": history, "exclude_history": True, "candidates": candidates}
+    assert recommender.recommend(body).data == []
+
+
+def test_top_k_beyond_the_catalogue_returns_all_of_it(
+    recommender: Recommender, model_dir: Path
+) -> None:
+    answer = recommender.recommend({"history": HISTORY, "top_k": 1000})
+    want = read_reference(model_dir).scores([3, 1, 4], [10, 20, 30, 30])
+    assert [item.item_id for item in answer.data] == (np.argsort(-want) + 1).tolist()
+
+
+def test_a_batch_raises_its_first_error_after_all_have_ended(recommender: Recommender) -> None:
+    bad = {"history": {"item_ids": [0], "timestamps": [1]}}
+    with pytest.raises(InvalidRequestError, match=r"history\.item_ids\[0\]"):
+        recommender.recommend_batch([{"history": HISTORY}, bad, {"history": HISTORY}])
+
+
+def test_a_stream_answers_before_it_has_read_everything(recommender: Recommender) -> None:
+    read = 0
+
+    def bodies() -> Iterator[dict[str, Any]]:
+        nonlocal read
+        for _ in range(500):
+            read += 1
+            yield {"history": HISTORY}
+
+    stream = recommender.stream(bodies())
+    assert isinstance(next(stream), Recommendation)
+    assert read <= 8
+    assert sum(isinstance(answer, Recommendation) for answer in stream) == 499
+
+
+def test_a_stream_closed_early_leaves_nothing_behind(recommender: Recommender) -> None:
+    for _ in range(3):
+        stream = recommender.stream({"history": HISTORY} for _ in range(100))
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+    assert len(recommender.recommend_batch([{"history": HISTORY}] * 20)) == 20
+
+
+def test_a_stream_whose_source_breaks_leaves_nothing_behind(recommender: Recommender) -> None:
+    def bodies() -> Iterator[dict[str, Any]]:
+        yield {"history": HISTORY}
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(recommender.stream(bodies()))
+
+
+def test_a_deadline_that_cannot_be_met_is_said(recommender: Recommender) -> None:
+    (answer,) = recommender.stream([{"history": HISTORY, "deadline_ms": 1e-6}])
+    assert isinstance(answer, HelmError)
+    assert answer.status == 504
+
+
+def test_warm_up_leaves_no_trace(recommender: Recommender) -> None:
+    scheduler = recommender.engine.core.scheduler
+    assert scheduler.emb.num_resident == 0
+    assert scheduler.stats.steps == 0
