@@ -151,7 +151,8 @@ def _log_memory(runner: ModelRunner, layout: PoolLayout, bound: int) -> None:
     memory = runner.memory
     logger.info(
         "device memory: %d bytes of weights, %d pages of %d bytes (KV %d, EMB %d), "
-        "%d bytes of staging; a step adds at most %d bytes of activations; a row page holds %d rows and leaves %d bytes unused",
+        "%d bytes of staging; a step adds at most %d bytes of activations; "
+        "a row page holds %d rows and leaves %d bytes unused",
         memory.weights,
         layout.num_pages,
         layout.page_bytes,

@@ -24,7 +24,7 @@ _LAYER_NAMES = {
     "_rel_attn_bias._pos_w": "bias.position_weight",
     "_rel_attn_bias._ts_w": "bias.time_weight",
 }
-_STACKED_LAYER = re.compile(r"_hstu\._attention_layers\.(\d+)\.(.+)")
+_STACKED_LAYER = re.compile(r"(?:_hstu\.)?_attention_layers\.(\d+)\.(.+)")
 
 
 class CaseError(ValueError):

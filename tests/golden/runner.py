@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from block_manager.block_hash import hash_blocks, root_hash
-from block_manager.pool_layout import PoolConfig, plan_layout
+from block_manager.pool_layout import PAGE_ALIGNMENT, PoolConfig, plan_layout
 from helm_engine.clock import SystemClock
 from helm_engine.config import EngineConfig, ExecutorConfig, SchedulerConfig
 from helm_engine.engine_loader import LoadedEngine, load_engine
@@ -26,6 +26,7 @@ from helm_engine.output_processor import build_recommendation
 from helm_engine.request import Request
 from model_executor.attention.registry import attention_backend
 from model_executor.checkpoint import save_model
+from model_executor.model_config import ModelConfig
 from model_executor.models.hstu import HSTU
 from model_executor.page_arena import ELEMENT_BYTES, PageArena
 from model_executor.paged_batch import build_paged_batch
@@ -92,7 +93,7 @@ def _run_float_rows(case: GoldenCase, device: torch.device) -> Iterator[tuple[st
     lengths = np.diff(offsets)
     times = case.tensors["in.timestamps"].numpy()
     layout = plan_layout(
-        PoolConfig(pool_bytes=1 << 24, emb_fraction=0.0, block_tokens=BLOCK_TOKENS),
+        _pool_for(config, num_histories=len(lengths), emb_fraction=0.0),
         kv_bytes_per_token=config.kv_elements_per_token * ELEMENT_BYTES,
         row_bytes=config.embedding_dim * ELEMENT_BYTES,
         max_sequence_len=config.max_sequence_len,
@@ -125,6 +126,19 @@ def _run_float_rows(case: GoldenCase, device: torch.device) -> Iterator[tuple[st
     yield "out.y", y.cpu()
 
 
+def _pool_for(config: ModelConfig, num_histories: int, emb_fraction: float) -> PoolConfig:
+    """A pool that holds a few longest histories, and a quarter more."""
+    blocks = 1 + num_histories * -(-config.max_sequence_len // BLOCK_TOKENS)
+    row_bytes = config.embedding_dim * ELEMENT_BYTES
+    block_bytes = BLOCK_TOKENS * config.kv_elements_per_token * ELEMENT_BYTES
+    page_bytes = max(block_bytes, row_bytes) + PAGE_ALIGNMENT
+    return PoolConfig(
+        pool_bytes=TOKENS_PER_STEP * row_bytes + page_bytes * (5 * blocks // 4 + 1),
+        emb_fraction=emb_fraction,
+        block_tokens=BLOCK_TOKENS,
+    )
+
+
 def _scattered_tables(lengths: Int64Array, num_pages: int) -> list[Int64Array]:
     """Block tables over pages in no order."""
     counts = -(-lengths // BLOCK_TOKENS)
@@ -142,7 +156,7 @@ def _load(case: GoldenCase, device: str) -> LoadedEngine:
         engine = load_engine(
             EngineConfig(
                 Path(directory),
-                pool=PoolConfig(pool_bytes=1 << 20, emb_fraction=0.2, block_tokens=BLOCK_TOKENS),
+                pool=_pool_for(config, num_histories=2, emb_fraction=0.2),
                 scheduler=SchedulerConfig(max_num_batched_tokens=TOKENS_PER_STEP),
                 executor=ExecutorConfig(device=device),
                 poison_freed_memory=True,
@@ -209,7 +223,7 @@ def _run_encoder(case: GoldenCase, device: str) -> Iterator[tuple[str, Tensor]]:
     lengths = case.tensors["in.lengths"].tolist()
     ids, times = case.tensors["in.ids"].numpy(), case.tensors["in.timestamps"].numpy()
     candidates = case.tensors["in.candidate_ids"].numpy()
-    top_k = int(case.header["top_k"])
+    top_k = case.tensors["out.topk_ids"].shape[1]
     all_rows = torch.zeros(*ids.shape, engine.model_config.embedding_dim)
     scores, best_ids, best_scores = [], [], []
     for user, length in enumerate(lengths):

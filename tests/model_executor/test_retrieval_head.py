@@ -35,9 +35,9 @@ def random_users(number: int) -> Tensor:
     return torch.nn.functional.normalize(users)
 
 
-def make_head(table: Table, max_bytes: int = 1 << 20) -> RetrievalHead:
-    store = MemoryMappedTable(table)
-    return RetrievalHead(HSTU(toy_config()), store, torch.device("cpu"), max_bytes)
+def make_head(table: Table, max_bytes: int = 1 << 23) -> RetrievalHead:
+    model = HSTU(toy_config(num_items=len(table) - 1))
+    return RetrievalHead(model, MemoryMappedTable(table), torch.device("cpu"), max_bytes)
 
 
 def retrieval(top_k: int, excluded: list[int] | None = None) -> Retrieval:
@@ -74,6 +74,17 @@ def test_users_of_one_batch_each_get_what_they_asked_for() -> None:
     found = make_head(table).retrieve(users, tasks)
     for user, task, (ids, _) in zip(users, tasks, found, strict=True):
         assert ids.tolist() == brute_force(table, user, task)[0]
+
+
+def test_large_catalogue_and_many_users_are_searched_to_their_ends() -> None:
+    # More items than are normalised at once, more users than are scored at once.
+    num_items, num_users = 70_000, 250
+    table = np.random.default_rng(0).standard_normal((num_items + 1, DIM)).astype(np.float32)
+    users = random_users(num_users)
+    planted = [num_items - 280 * place for place in range(num_users)]
+    table[planted] = 5.0 * users.numpy()
+    found = make_head(table).retrieve(users, [retrieval(1)] * num_users)
+    assert [ids.tolist() for ids, _ in found] == [[item] for item in planted]
 
 
 def test_catalogue_smaller_than_asked_for_is_returned_whole() -> None:
