@@ -225,9 +225,9 @@ def main() -> None:
         for sample in family.samples
     }
     figures["pool"] = {
-        "pages": info["pool"]["num_pages"],
-        "emb_pages": info["pool"]["num_emb_pages"],
-        "page_bytes": info["pool"]["page_bytes"],
+        "pages": info["layout"]["num_pages"],
+        "emb_pages": info["layout"]["num_emb_pages"],
+        "page_bytes": info["layout"]["page_bytes"],
         "emb_cache_usage": gauges["helm:emb_cache_usage_perc"],
         "server_exit_status": exit_status,
     }

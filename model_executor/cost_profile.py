@@ -32,7 +32,7 @@ class CostProfile:
             ValueError: names the field.
         """
         for name, value in asdict(self).items():
-            if isinstance(value, float) and not value >= 0.0:
+            if not isinstance(value, str) and not value >= 0.0:
                 raise ValueError(f"{name}: must be at least 0, not {value}")
 
     def price(self, step: SchedulerOutput) -> StepTimings:

@@ -77,8 +77,9 @@ class RetrievalHead:
         k = min(task.top_k, len(scores) - len(task.excluded_ids))
         if k <= 0:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-        # All items that tie with the k-th: topk picks among them as it pleases.
-        indices = torch.nonzero(scores >= scores.topk(k).values[-1]).squeeze(1)
+        # All items that tie with the k-th: topk picks among them as it pleases. Not less than,
+        # so that scores that are no numbers come out and are told.
+        indices = torch.nonzero(~(scores < scores.topk(k).values[-1])).squeeze(1)
         item_ids = indices.cpu().numpy() + 1
         best = scores[indices].cpu().numpy()
         order = np.lexsort((item_ids, -best))[:k]

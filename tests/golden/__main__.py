@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tests.golden.case import CaseError, read_case
+from tests.golden.case import read_case
 from tests.golden.runner import run_case
 
 
@@ -19,7 +19,7 @@ def main() -> int:
     for path in arguments.files:
         try:
             checks = run_case(read_case(path), arguments.device)
-        except (CaseError, ValueError) as error:
+        except ValueError as error:
             print(f"{path.name}: refused: {error}")
             status = 2
             continue

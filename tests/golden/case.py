@@ -54,7 +54,7 @@ class GoldenCase:
         """The case's model; all of its N positions may be history, so that nothing is cut."""
         header = self.header
         table = self.tensors.get(ITEM_TABLE)
-        layer_weights = _layer_weights(self.tensors)
+        layer_weights = self._layer_weights()
         position_weight = layer_weights["layers.0.bias.position_weight"]
         return parse_model_config(
             {
@@ -79,7 +79,7 @@ class GoldenCase:
     def load_dense_weights(self, model: HSTU) -> None:
         """Fills a model with the case's weights, and sets the n that the reference used."""
         state = model.state_dict()
-        state.update(_layer_weights(self.tensors))
+        state.update(self._layer_weights())
         positions = self.tensors.get(POSITION_TABLE)
         # Cases of float rows enter after the embedding and have no positions.
         state["position_embedding"] = (
@@ -89,16 +89,19 @@ class GoldenCase:
         model.normaliser = self.header["normaliser_n"]
         model.requires_grad_(False).eval()
 
-
-def _layer_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's layer weights under our names."""
-    weights = {}
-    for name, tensor in tensors.items():
-        stacked = _STACKED_LAYER.fullmatch(name)
-        index, part = (stacked[1], stacked[2]) if stacked else ("0", name)
-        if part in _LAYER_NAMES:
-            weights[f"layers.{index}.{_LAYER_NAMES[part]}"] = tensor
-    return weights
+    def _layer_weights(self) -> dict[str, Tensor]:
+        """The reference's layer weights under our names."""
+        weights = {}
+        for name, tensor in self.tensors.items():
+            stacked = _STACKED_LAYER.fullmatch(name)
+            index, part = (stacked[1], stacked[2]) if stacked else ("0", name)
+            if part in _LAYER_NAMES:
+                weights[f"layers.{index}.{_LAYER_NAMES[part]}"] = tensor
+        for layer in range(self.header["num_layers"]):
+            for theirs, ours in _LAYER_NAMES.items():
+                if f"layers.{layer}.{ours}" not in weights:
+                    raise CaseError(f"{self.path}: {theirs!r} of layer {layer} is missing")
+        return weights
 
 
 def read_case(path: Path) -> GoldenCase:
@@ -115,6 +118,8 @@ def read_case(path: Path) -> GoldenCase:
         raise CaseError(f"{path}: cannot be read: {error}") from error
     except (KeyError, ValueError) as error:
         raise CaseError(f"{path}: has no golden header") from error
+    if not isinstance(header, dict):
+        raise CaseError(f"{path}: has no golden header")
     dialect = header.get("dialect")
     if dialect not in SUPPORTED_DIALECTS:
         supported = ", ".join(SUPPORTED_DIALECTS)

@@ -53,15 +53,21 @@ def run_case(case: GoldenCase, device: str = "cpu") -> list[OutputCheck]:
     Raises:
         CaseError: the case has inputs or outputs of a kind that is not known.
     """
+    try:
+        produced = dict(_produce(case, device))
+        return [_check(case, name, produced) for name in case.outputs]
+    except KeyError as error:
+        raise CaseError(f"{case.path}: {error} is missing") from error
+
+
+def _produce(case: GoldenCase, device: str) -> Iterator[tuple[str, Tensor]]:
     if "in.x" in case.tensors:
-        produced = dict(_run_float_rows(case, torch.device(device)))
-    elif "in.ids" in case.tensors:
-        produced = dict(_run_encoder(case, device))
-    elif any(name.endswith(".ids") for name in case.header["inputs"]):
-        produced = dict(_run_appends(case, device))
-    else:
-        raise CaseError(f"{case.path}: inputs {case.header['inputs']} are of no known kind")
-    return [_check(case, name, produced) for name in case.outputs]
+        return _run_float_rows(case, torch.device(device))
+    if "in.ids" in case.tensors:
+        return _run_encoder(case, device)
+    if any(name.endswith(".ids") for name in case.header["inputs"]):
+        return _run_appends(case, device)
+    raise CaseError(f"{case.path}: inputs {case.header['inputs']} are of no known kind")
 
 
 def _check(case: GoldenCase, name: str, produced: dict[str, Tensor]) -> OutputCheck:

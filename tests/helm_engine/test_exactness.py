@@ -129,7 +129,7 @@ def _scenario(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(scenario=_scenario())
 def test_any_mix_of_reuse_chunks_and_strangers_gives_the_reference_scores(
     scenario: dict[str, Any],

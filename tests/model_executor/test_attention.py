@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from block_manager.pool_layout import PoolConfig, plan_layout
+from model_executor.attention import torch_reference
 from model_executor.attention.registry import attention_backend
 from model_executor.layers.relative_bias import RelativeBias, time_bucket_edges, time_buckets
 from model_executor.page_arena import ELEMENT_BYTES, PageArena
@@ -146,15 +147,22 @@ chunks = st.integers(1, MAX_LEN).flatmap(
     ),
     block_tokens=st.integers(1, 6),
     spans=st.lists(chunks, min_size=1, max_size=4),
+    pairs_per_tile=st.sampled_from([1, 50, 1 << 23]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_paged_attention_equals_a_dense_loop(
-    shape: dict[str, int], block_tokens: int, spans: list[tuple[int, int]], seed: int
+    shape: dict[str, int],
+    block_tokens: int,
+    spans: list[tuple[int, int]],
+    pairs_per_tile: int,
+    seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     histories = [make_history(rng, **shape, start=start, num_rows=rows) for start, rows in spans]
     bias = make_bias(seed % 1000)
-    got = attend_in_pages(rng, histories, bias, block_tokens, **shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_reference, "PAIRS_PER_TILE", pairs_per_tile)
+        got = attend_in_pages(rng, histories, bias, block_tokens, **shape)
     want = np.concatenate([attend_in_a_dense_loop(history, bias) for history in histories])
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=2e-5)
 

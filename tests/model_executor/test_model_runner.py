@@ -16,10 +16,10 @@ from safetensors.numpy import load_file
 
 from helm_engine.clock import VirtualClock
 from helm_engine.config import EngineConfig, ExecutorConfig
-from helm_engine.engine_core import EngineCore, load_engine
-from helm_engine.exceptions import StepFailedError
+from helm_engine.engine_loader import load_engine
+from helm_engine.exceptions import HelmError, StepFailedError
 from helm_engine.protocol import Recommendation, parse_request
-from helm_engine.recommender import Recommender, build_input_processor
+from helm_engine.recommender import Recommender
 from helm_engine.request import Request
 from model_executor.checkpoint import DENSE_FILE, ITEM_TABLE, TABLES_FILE
 from model_executor.errors import RowsUnavailableError
@@ -125,6 +125,17 @@ def test_retrieval_matrix_plays_no_part_in_candidate_scores(model_dir: Path) -> 
     recommender.engine.core.check_integrity()
 
 
+@pytest.mark.parametrize("fields", [{}, {"candidates": None}], ids=["candidates", "retrieval"])
+def test_user_that_is_not_a_number_is_an_error_and_no_answer(
+    model_dir: Path, fields: dict[str, Any]
+) -> None:
+    recommender = Recommender.from_config(toy_engine_config(model_dir))
+    recommender.engine.runner.model.position_embedding.fill_(torch.nan)
+    with pytest.raises(HelmError, match="not a number"):
+        recommender.recommend(body(9, **fields))
+    recommender.engine.core.check_integrity()
+
+
 @pytest.mark.parametrize("emb_fraction", [0.0, 0.25, 1.0])
 def test_scores_do_not_depend_on_the_share_of_rows_in_the_pool(
     model_dir: Path, emb_fraction: float
@@ -163,8 +174,7 @@ class FlakyEngine:
     def __init__(self, config: EngineConfig) -> None:
         self.store = FlakyStore(load_file(config.model_dir / TABLES_FILE)[ITEM_TABLE])
         engine = load_engine(config, VirtualClock(), table=self.store)
-        self.core: EngineCore = engine.core
-        self._processor = build_input_processor(engine, config)
+        self.core, self._processor = engine.core, engine.processor
         self._num_requests = 0
 
     def submit(self, num_events: int, user: str | None = None) -> Request:
@@ -249,8 +259,9 @@ def test_rows_that_were_resident_before_a_failed_step_still_are(
 def test_kv_computed_before_a_failed_step_serves_the_users_next_request(
     engine: FlakyEngine, model_dir: Path
 ) -> None:
-    # One token of the step is the other request's, so that the long history takes two steps.
-    engine.submit(1), engine.submit(11, user="ada")
+    # Six tokens of the first step are the other request's, so that only six rows are computed.
+    engine.submit(1)
+    engine.submit(11, user="ada")
     engine.core.step()
     engine.step_while_down()
     again = engine.submit(11, user="ada")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -71,12 +73,21 @@ def all_elements(arena: PageArena) -> Tensor:
     return flat
 
 
+def all_slots(arena: PageArena) -> Tensor:
+    return torch.arange(arena.layout.num_pages * arena.layout.rows_per_page)
+
+
 def all_row_addresses(arena: PageArena) -> Tensor:
     """Every slot of every page, then all staging rows."""
-    slots = torch.arange(arena.layout.num_pages * arena.layout.rows_per_page)
-    return torch.cat(
-        [arena.slot_addresses(slots), arena.staging_addresses(torch.arange(STAGING_ROWS))]
-    )
+    staging = arena.staging_addresses(torch.arange(STAGING_ROWS))
+    return torch.cat([arena.slot_addresses(all_slots(arena)), staging])
+
+
+def write_all_rows(arena: PageArena, rows: Tensor) -> None:
+    """To every slot of every page, then to staging."""
+    slots = all_slots(arena)
+    arena.write_slots(slots, rows[: len(slots)])
+    arena.write_staging(torch.arange(STAGING_ROWS), rows[len(slots) :])
 
 
 def numbered(shape: torch.Size, first: int = 0) -> Tensor:
@@ -104,7 +115,7 @@ def test_no_two_rows_of_pages_and_staging_share_memory(geometry: dict[str, int])
     arena = make_arena(**geometry)
     addresses = all_row_addresses(arena)
     rows = numbered(torch.Size([len(addresses), geometry["embedding_dim"]]))
-    arena.write_rows(addresses, rows)
+    write_all_rows(arena, rows)
     assert torch.equal(arena.read_rows(addresses), rows)
 
 
@@ -115,15 +126,16 @@ def test_rows_and_blocks_of_different_pages_share_no_memory(
 ) -> None:
     arena = make_arena(**geometry)
     of_rows = torch.tensor(is_row_page)
-    per_page = arena.layout.rows_per_page
-    in_row_pages = torch.cat([of_rows.repeat_interleave(per_page), torch.ones(3, dtype=torch.bool)])
-    addresses = all_row_addresses(arena)[in_row_pages]
-    rows = numbered(torch.Size([len(addresses), geometry["embedding_dim"]]))
+    slots = all_slots(arena)[of_rows.repeat_interleave(arena.layout.rows_per_page)]
+    staging = torch.arange(STAGING_ROWS)
+    rows = numbered(torch.Size([len(slots) + STAGING_ROWS, geometry["embedding_dim"]]))
     k = numbered(arena.kv.k.shape, first=rows.numel())[~of_rows]
     v = -numbered(arena.kv.v.shape, first=1)[~of_rows]
     arena.kv.k[~of_rows] = k
-    arena.write_rows(addresses, rows)
+    arena.write_slots(slots, rows[: len(slots)])
+    arena.write_staging(staging, rows[len(slots) :])
     arena.kv.v[~of_rows] = v
+    addresses = torch.cat([arena.slot_addresses(slots), arena.staging_addresses(staging)])
     assert torch.equal(arena.read_rows(addresses), rows)
     assert torch.equal(arena.kv.k[~of_rows], k)
     assert torch.equal(arena.kv.v[~of_rows], v)
@@ -137,9 +149,9 @@ def test_rows_and_blocks_of_different_pages_share_no_memory(
 def test_rows_lie_one_behind_another_from_the_start_of_their_page(geometry: dict[str, int]) -> None:
     arena = make_arena(**geometry)
     layout, width = arena.layout, geometry["embedding_dim"]
-    addresses = all_row_addresses(arena)
-    rows = numbered(torch.Size([len(addresses), width]), first=1)
-    arena.write_rows(addresses, rows)
+    num_rows = len(all_slots(arena)) + STAGING_ROWS
+    rows = numbered(torch.Size([num_rows, width]), first=1)
+    write_all_rows(arena, rows)
     page_elements = layout.page_bytes // ELEMENT_BYTES
     starts = [
         page * page_elements + place * width
@@ -175,17 +187,25 @@ def test_rows_are_read_in_any_order_and_more_than_once(embedding_dim: int) -> No
     arena = make_arena(embedding_dim=embedding_dim)
     addresses = all_row_addresses(arena)
     rows = numbered(torch.Size([len(addresses), embedding_dim]))
-    for place in np.random.default_rng(0).permutation(len(addresses)):
-        arena.write_rows(addresses[place : place + 1], rows[place : place + 1])
+    write_all_rows(arena, rows)
     wanted = torch.from_numpy(np.random.default_rng(1).integers(0, len(addresses), 50))
     assert torch.equal(arena.read_rows(addresses[wanted]), rows[wanted])
 
 
+def test_rows_are_written_to_slots_in_any_order() -> None:
+    arena = make_arena()
+    order = torch.randperm(len(all_slots(arena)), generator=torch.Generator().manual_seed(0))
+    rows = numbered(torch.Size([len(order), 7]))
+    for slot in order:
+        arena.write_slots(slot.view(1), rows[slot].view(1, 7))
+    assert torch.equal(arena.read_rows(arena.slot_addresses(order)), rows[order])
+
+
 def test_read_rows_are_copies() -> None:
     arena = make_arena()
-    address = arena.slot_addresses(torch.tensor([5]))
-    row = arena.read_rows(address)
-    arena.write_rows(address, torch.ones(1, 7))
+    slot = torch.tensor([5])
+    row = arena.read_rows(arena.slot_addresses(slot))
+    arena.write_slots(slot, torch.ones(1, 7))
     assert not row.any()
 
 
@@ -232,10 +252,15 @@ def test_poisoned_pages_are_nan_throughout_and_the_others_are_not_touched() -> N
     assert int(poisoned.sum()) == 2 * 128
 
 
-def test_poisoned_rows_are_nan_and_their_neighbours_are_not() -> None:
+def test_poisoned_slots_are_nan_and_their_neighbours_are_not() -> None:
     arena = make_arena()
-    addresses = all_row_addresses(arena)
-    arena.poison_rows(addresses[[0, 20, 91]])
-    poisoned = arena.read_rows(addresses).isnan().all(dim=1)
-    assert poisoned.nonzero().flatten().tolist() == [0, 20, 91]
+    arena.poison_slots(torch.tensor([0, 20, 89]))
+    poisoned = arena.read_rows(all_row_addresses(arena)).isnan().all(dim=1)
+    assert poisoned.nonzero().flatten().tolist() == [0, 20, 89]
     assert int(all_elements(arena).isnan().sum()) == 3 * 7
+
+
+def test_allocation_that_the_device_has_no_room_for_is_refused_by_field() -> None:
+    layout = replace(make_arena().layout, num_pages=2**45)
+    with pytest.raises(ValueError, match=r"^pool_bytes: "):
+        PageArena(layout, toy_config(), torch.device("cpu"))

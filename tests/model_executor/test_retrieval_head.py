@@ -131,6 +131,14 @@ def test_matrix_above_the_limit_is_refused_with_the_bytes_needed() -> None:
         make_head(random_table(), NUM_ITEMS * DIM * 4 - 1)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_item_that_is_not_finite_is_refused_with_its_row(value: float) -> None:
+    table = random_table()
+    table[41, 3] = value
+    with pytest.raises(ModelDirectoryError, match=r"row 41 "):
+        make_head(table)
+
+
 def test_served_retrieval_finds_the_best_items_of_the_slow_reference(tmp_path: Path) -> None:
     model_dir = write_toy_model(tmp_path / "toy", toy_config())
     recommender = Recommender.from_config(toy_engine_config(model_dir))
