@@ -216,6 +216,8 @@ def fit_profile(
     # Relative errors count: short histories are as common as long ones.
     solution = np.linalg.lstsq(terms / spent[:, None], np.ones_like(spent), rcond=None)[0]
     step_ms, prefill_row_ms, attention_pair_ms = (max(0.0, float(part)) for part in solution)
+    search = {"history": history(rng, 1)}
+    searches = [timed(recommender, search)["score"] for _ in range(REPEATS)]
     shape = f"{SHAPE['num_layers']} layers, D {SHAPE['embedding_dim']}, {SHAPE['num_heads']} heads"
     return CostProfile(
         device=device,
@@ -224,6 +226,7 @@ def fit_profile(
         prefill_row_ms=prefill_row_ms,
         attention_pair_ms=attention_pair_ms,
         candidate_ms=slope(recommender, rng, "score", warm=True),
+        retrieval_ms=float(np.median(searches)),
         row_miss_ms=slope(recommender, rng, "load", warm=False),
     )
 

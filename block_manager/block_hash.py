@@ -19,7 +19,13 @@ _FORMAT = b"helm-kv-1"
 
 
 def user_digest(user: str, key: bytes) -> bytes:
-    """Keyed hash of a user id, 16 bytes; without the key it tells nothing about the user."""
+    """Keyed hash of a user id, 16 bytes; without the key it tells nothing about the user.
+
+    Raises:
+        ValueError: the key is empty.
+    """
+    if not key:
+        raise ValueError("key: must not be empty")
     return hashlib.blake2b(user.encode(), key=key, digest_size=16).digest()
 
 

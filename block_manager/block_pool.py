@@ -7,6 +7,7 @@ reusable until the block is handed out again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -83,11 +84,15 @@ class BlockPool:
         """Takes a reader away; the first block without readers is the first to be evicted.
 
         Blocks without reusable content go to the front of the free list, the others to its tail.
+
+        Raises:
+            IntegrityError: a block is not held that often; nothing is changed.
         """
+        for block, times in Counter(ordered_blocks).items():
+            if block.ref_cnt < times or block.is_null:
+                raise IntegrityError(f"block {block.block_id} was freed without being held")
         freed = []
         for block in ordered_blocks:
-            if block.ref_cnt < 1 or block.is_null:
-                raise IntegrityError(f"block {block.block_id} was freed without being held")
             block.ref_cnt -= 1
             if block.ref_cnt == 0:
                 freed.append(block)

@@ -25,9 +25,9 @@ class FreeKVCacheBlockQueue:
         """Takes the n blocks that are first in eviction order.
 
         Raises:
-            ValueError: fewer than n are free.
+            ValueError: fewer than n are free, or n is negative.
         """
-        if n > self.num_free_blocks:
+        if not 0 <= n <= self.num_free_blocks:
             raise ValueError(f"cannot take {n} blocks: {self.num_free_blocks} are free")
         taken: list[KVCacheBlock] = []
         for block in self:

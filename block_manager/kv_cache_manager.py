@@ -26,10 +26,6 @@ class KVCacheManager:
         self._held: dict[str, list[KVCacheBlock]] = {}
         self._num_cached: dict[str, int] = {}
 
-    def num_cached_tokens(self, hashes: Sequence[BlockHash], max_tokens: int) -> int:
-        """Tokens of the longest cached prefix, at most `max_tokens`; changes nothing."""
-        return len(self._cached_prefix(hashes, max_tokens)) * self.block_tokens
-
     def allocate(
         self, request_id: str, hashes: Sequence[BlockHash], num_tokens: int, max_cached_tokens: int
     ) -> int | None:

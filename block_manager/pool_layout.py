@@ -99,7 +99,9 @@ def plan_layout(
             f"{staging_bytes} for staging)"
         )
     num_pages = (config.pool_bytes - staging_bytes) // page_bytes
-    num_emb_pages = min(int(config.emb_fraction * num_pages), num_pages - kv_floor)
+    # 0.29 of 100 pages are 29, though the product of the floats is a little less.
+    share = int(config.emb_fraction * num_pages + 1e-9)
+    num_emb_pages = min(share, num_pages - kv_floor)
     return PoolLayout(
         page_bytes=page_bytes,
         num_pages=num_pages,

@@ -18,7 +18,7 @@ _MAX_COUNT = np.iinfo(np.uint8).max
 
 
 class AgedFrequency:
-    """A saturating count per row, halved after every ten accesses per slot."""
+    """A saturating count per row, halved after ten accesses per slot (for few slots, later)."""
 
     def __init__(self, num_rows: int, num_slots: int) -> None:
         self._counts = np.zeros(num_rows, dtype=np.uint8)

@@ -59,6 +59,10 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     device = _device(config.executor.device)
     model = load_dense_weights(config.model_dir, model_config, device)
     table = table or MemoryMappedTable(map_item_table(config.model_dir, model_config))
+    if table.num_rows <= model_config.num_items:
+        raise ValueError(
+            f"table: has {table.num_rows} rows, the model needs {model_config.num_items + 1}"
+        )
     layout = plan_layout(
         config.pool,
         kv_bytes_per_token=model_config.kv_elements_per_token * ELEMENT_BYTES,

@@ -73,6 +73,10 @@ class Recommender:
         self._clock = SystemClock()
         self.engine = load_engine(config, self._clock)
 
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all reusable KV; False, and nothing done, while a stream is being answered."""
+        return self.engine.core.scheduler.kv.pool.reset_prefix_cache()
+
     def recommend(self, request: RequestLike) -> Recommendation:
         """Answers one request.
 

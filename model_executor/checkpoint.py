@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model_executor.errors import ModelDirectoryError
+from model_executor.layers.relative_bias import time_bucket_edges
 from model_executor.model_config import ModelConfig, read_model_config
 from model_executor.models.hstu import HSTU
 
@@ -50,16 +51,19 @@ def load_dense_weights(directory: Path, config: ModelConfig, device: torch.devic
             shape, dtype or a value that is not finite; the message names file and tensor.
     """
     path = directory / DENSE_FILE
-    model = HSTU(config)
+    with torch.device("meta"):
+        # Nothing is allocated before the file has been held against the config.
+        model = HSTU(config)
     wanted = model.state_dict()
     found = _read_tensors(path)
-    for name in wanted.keys() - found.keys():
+    for name in sorted(wanted.keys() - found.keys()):
         raise ModelDirectoryError(f"{path}: tensor {name!r} is missing")
-    for name in found.keys() - wanted.keys():
+    for name in sorted(found.keys() - wanted.keys()):
         raise ModelDirectoryError(f"{path}: tensor {name!r} does not belong to this model")
     for name, tensor in found.items():
         _check_tensor(path, name, tensor, wanted[name])
-    model.load_state_dict(found)
+    model.load_state_dict(found, assign=True)
+    model.time_edges = time_bucket_edges(config.num_time_buckets)  # In no file: recomputed.
     return model.to(device).requires_grad_(False).eval()
 
 

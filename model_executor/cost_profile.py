@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import inf
 
-from model_executor.step import CandidateScoring, SchedulerOutput, StepTimings
+from model_executor.step import CandidateScoring, Retrieval, SchedulerOutput, StepTimings
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +23,20 @@ class CostProfile:
     """Cost of one query-key pair over all layers."""
     candidate_ms: float
     """Cost of scoring one candidate."""
+    retrieval_ms: float
+    """Cost of searching the catalogue once."""
     row_miss_ms: float
     """Cost of loading one row from the host tier."""
 
     def __post_init__(self) -> None:
-        """Checks that no cost is negative.
+        """Checks that every cost is at least 0 and finite.
 
         Raises:
             ValueError: names the field.
         """
         for name, value in asdict(self).items():
-            if not isinstance(value, str) and not value >= 0.0:
-                raise ValueError(f"{name}: must be at least 0, not {value}")
+            if not isinstance(value, str) and not 0.0 <= value < inf:
+                raise ValueError(f"{name}: must be at least 0 and finite, not {value}")
 
     def price(self, step: SchedulerOutput) -> StepTimings:
         """Predicted cost of a step, phase by phase."""
@@ -48,8 +51,9 @@ class CostProfile:
             for request in step.requests
             if isinstance(request.task, CandidateScoring)
         )
+        retrievals = sum(isinstance(request.task, Retrieval) for request in step.requests)
         return StepTimings(
             load=self.row_miss_ms * float((~step.rows.resident).sum()),
             prefill=self.step_ms + self.prefill_row_ms * rows + self.attention_pair_ms * pairs,
-            score=self.candidate_ms * candidates,
+            score=self.candidate_ms * candidates + self.retrieval_ms * retrievals,
         )

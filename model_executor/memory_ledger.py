@@ -44,8 +44,9 @@ def activation_bound(config: ModelConfig, max_tokens: int, max_seqs: int, retrie
     longest = config.max_sequence_len
     gathered = longest * (heads_qk + heads_v)
     pairs = min(max_tokens, longest) * longest
-    tile = min(pairs, PAIRS_PER_TILE // config.num_heads)
+    tile = min(pairs, max(longest, PAIRS_PER_TILE // config.num_heads))
     attention = tile * (_PAIR_BYTES + 3 * config.num_heads * _FLOAT)
     buckets = 2 * max_tokens * longest
-    retrieval = 2 * min(max_seqs * config.num_items, SCORES_PER_PASS) if retrieves else 0
+    users_scored = max(1, min(max_seqs, SCORES_PER_PASS // config.num_items))
+    retrieval = 2 * users_scored * config.num_items if retrieves else 0
     return _FLOAT * (max_tokens * row + 2 * gathered + retrieval) + attention + 2 * buckets

@@ -19,7 +19,7 @@ def main() -> int:
     for path in arguments.files:
         try:
             checks = run_case(read_case(path), arguments.device)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             print(f"{path.name}: refused: {error}")
             status = 2
             continue

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from helm_engine.exceptions import HelmError, InvalidRequestError
+from helm_engine.clock import SystemClock
+from helm_engine.config import ExecutorConfig
+from helm_engine.engine_loader import load_engine
+from helm_engine.exceptions import HelmError, InvalidRequestError, StepFailedError
 from helm_engine.protocol import Recommendation
 from helm_engine.recommender import Recommender
+from model_executor.errors import RowsUnavailableError
 from tests.toy_models import read_reference, toy_config, toy_engine_config, write_toy_model
 
 HISTORY = {"item_ids": [3, 1, 4], "timestamps": [10, 20, 30]}
@@ -99,6 +104,38 @@ def test_a_deadline_that_cannot_be_met_is_said(recommender: Recommender) -> None
     (answer,) = recommender.stream([{"history": HISTORY, "deadline_ms": 1e-6}])
     assert isinstance(answer, HelmError)
     assert answer.status == 504
+
+
+def test_a_reset_forgets_all_kv(recommender: Recommender) -> None:
+    history = {"item_ids": list(range(1, 13)), "timestamps": list(range(12))}
+    body = {"user": "u", "history": history}
+    recommender.recommend(body)
+    assert recommender.recommend(body).usage.cached_tokens == 8
+    assert recommender.reset_prefix_cache()
+    assert recommender.recommend(body).usage.cached_tokens == 0
+
+
+class _UnreachableTable:
+    """A host tier that is down."""
+
+    num_rows = 61
+
+    def read_rows(self, row_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        raise RowsUnavailableError(f"{len(row_ids)} rows cannot be had")
+
+
+def test_warm_up_finds_a_host_tier_that_is_down(model_dir: Path) -> None:
+    config = toy_engine_config(model_dir)
+    candidates_only = replace(config, executor=ExecutorConfig(max_retrieval_matrix_bytes=0))
+    with pytest.raises(StepFailedError, match="cannot be had"):
+        load_engine(candidates_only, SystemClock(), table=_UnreachableTable())
+
+
+def test_a_host_table_with_too_few_rows_is_refused(model_dir: Path) -> None:
+    table = _UnreachableTable()
+    table.num_rows = 60
+    with pytest.raises(ValueError, match="60 rows, the model needs 61"):
+        load_engine(toy_engine_config(model_dir), SystemClock(), table=table)
 
 
 def test_warm_up_leaves_no_trace(recommender: Recommender) -> None:

@@ -31,6 +31,7 @@ PROFILE = CostProfile(
     prefill_row_ms=0.01,
     attention_pair_ms=0.0,
     candidate_ms=0.001,
+    retrieval_ms=0.1,
     row_miss_ms=0.002,
 )
 
