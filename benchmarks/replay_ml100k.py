@@ -203,8 +203,11 @@ def offline_figures(dataset: MovieLens100K) -> dict[str, float]:
 
 def main() -> None:
     """Starts a server, replays, writes the figures."""
-    arguments = benchmark_parser(__doc__).parse_args()
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--device", default="cpu", help="of the server: cpu, cuda or cuda:N")
+    arguments = parser.parse_args()
     flags = ["--pool-bytes", str(POOL_BYTES), "--emb-fraction", str(EMB_FRACTION)]
+    flags += ["--device", arguments.device]
     serve = [sys.executable, "-m", "helm_engine.entrypoints.cli", "serve", str(MODEL_DIR)]
     server = subprocess.Popen([*serve, "--port", "0", *flags], stdout=subprocess.PIPE, text=True)
     try:

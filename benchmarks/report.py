@@ -39,6 +39,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
