@@ -188,6 +188,7 @@ def serve(
 
     Raises:
         ValueError: the model or the configuration cannot be served; see `load_engine`.
+        IntegrityError: the pool's books do not add up at the end.
     """
     engine = load_engine(config, SystemClock())
     app = build_app(engine)
@@ -204,3 +205,5 @@ def serve(
         give_up=lambda: app.state.recommender.give_up(),
     )
     server.run(sockets=[bound])
+    # A server that lost track of a page must not end as if all had been well.
+    engine.core.check_integrity()

@@ -48,6 +48,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 ServedName = Annotated[
     str | None, typer.Option(help="Name of the model in requests; default: the directory's.")
 ]
+Poison = Annotated[
+    bool, typer.Option(help="Debugging: fill freed memory with NaN, so that reading it shows.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what the engine does.")]
 
 _POOL = PoolConfig()
@@ -68,6 +71,7 @@ class _EngineOptions:
     max_num_waiting: int
     device: str
     served_model_name: str | None
+    poison_freed_memory: bool
 
     def resolve(self) -> EngineConfig:
         """Builds the configuration.
@@ -91,6 +95,7 @@ class _EngineOptions:
             ),
             executor=ExecutorConfig(device=self.device),
             served_model_name=self.served_model_name,
+            poison_freed_memory=self.poison_freed_memory,
         )
 
 
@@ -130,6 +135,7 @@ def serve(
     max_num_waiting: MaxWaiting = _SCHEDULER.max_num_waiting,
     device: Device = "cpu",
     served_model_name: ServedName = None,
+    poison_freed_memory: Poison = False,
     shutdown_timeout: Annotated[
         int, typer.Option(min=0, help="Seconds that requests in flight have after SIGTERM.")
     ] = 10,
@@ -145,6 +151,7 @@ def serve(
     options = _EngineOptions(
         model_dir, pool_bytes, emb_fraction, block_tokens,
         max_num_batched_tokens, max_num_seqs, max_num_waiting, device, served_model_name,
+        poison_freed_memory,
     )  # fmt: skip
     try:
         config = options.resolve()
@@ -195,6 +202,7 @@ def run_batch(
     max_num_waiting: MaxWaiting = _SCHEDULER.max_num_waiting,
     device: Device = "cpu",
     served_model_name: ServedName = None,
+    poison_freed_memory: Poison = False,
     verbose: Verbose = False,
 ) -> None:
     """Answer a file of OpenAI batch lines, without a server."""
@@ -205,6 +213,7 @@ def run_batch(
     options = _EngineOptions(
         model_dir, pool_bytes, emb_fraction, block_tokens,
         max_num_batched_tokens, max_num_seqs, max_num_waiting, device, served_model_name,
+        poison_freed_memory,
     )  # fmt: skip
     try:
         counted = batch.run_batch(Recommender.from_config(options.resolve()), source, target)

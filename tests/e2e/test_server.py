@@ -240,7 +240,8 @@ def test_both_tenants_evict_and_scores_stay_those_of_a_plain_pass() -> None:
     candidates = rng.permutation(np.arange(1, 1683))[:100].tolist()
     cached = resident = 0
     # 15 KV pages of 16 tokens hold one history of 190 and a little more; EMB holds a few rows.
-    flags = ("--pool-bytes", "500000", "--emb-fraction", "0.3", "--max-num-batched-tokens", "256")
+    flags = ["--pool-bytes", "500000", "--emb-fraction", "0.3"]
+    flags += ["--max-num-batched-tokens", "256", "--poison-freed-memory"]
     with running_server(BUNDLED_MODEL, *flags) as server, httpx.Client(timeout=60) as client:
         for visit, scores in zip(visits, want, strict=True):
             body = {**visit, "candidates": {"item_ids": candidates}}
