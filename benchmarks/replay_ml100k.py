@@ -24,14 +24,12 @@ sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
 
 import httpx
 import numpy as np
-import torch
 from prometheus_client.parser import text_string_to_metric_families
 from rich.progress import track
 
 from benchmarks.report import benchmark_parser, write_result
-from examples.hstu_training import evaluate, score_histories
+from examples.hstu_training import evaluate, load_whole, score_histories
 from helm_engine.datasets.ml100k import HeldOutEvent, MovieLens100K, load_ml100k
-from model_executor.checkpoint import load_config, load_dense_weights, map_item_table
 
 MODEL_DIR = REPOSITORY / "examples" / "models" / "hstu-ml-100k"
 POOL_BYTES = 2_000_000
@@ -111,9 +109,7 @@ def ranking_figures(served: list[Served]) -> dict[str, float]:
 
 def compare_scores(served: list[Served]) -> dict[str, float]:
     """Served scores against the plain pass, and the plain pass's figures for the same events."""
-    config = load_config(MODEL_DIR)
-    model = load_dense_weights(MODEL_DIR, config, torch.device("cpu"))
-    table = torch.from_numpy(np.array(map_item_table(MODEL_DIR, config)))
+    model, table = load_whole(MODEL_DIR)
     events = [one.event for one in served]
     scores = score_histories(
         model,
@@ -194,9 +190,7 @@ def measure(client: httpx.Client, quick: bool, seed: int) -> dict[str, Any]:
 
 def offline_figures(dataset: MovieLens100K) -> dict[str, float]:
     """What the training script reports for the saved model."""
-    config = load_config(MODEL_DIR)
-    model = load_dense_weights(MODEL_DIR, config, torch.device("cpu"))
-    table = torch.from_numpy(np.array(map_item_table(MODEL_DIR, config)))
+    model, table = load_whole(MODEL_DIR)
     metrics = evaluate(model, table, dataset, "test", remove_seen=True)
     return {"hr10": metrics.hr10, "ndcg10": metrics.ndcg10}
 

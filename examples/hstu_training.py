@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from helm_engine.datasets.ml100k import Int64Array, MovieLens100K, Split
 from model_executor.attention.silu_attention import silu_attention
+from model_executor.checkpoint import load_config, load_dense_weights, map_item_table
 from model_executor.layers.hstu_layer import ResearchHSTULayer
 from model_executor.layers.relative_bias import time_buckets
 from model_executor.models.hstu import HSTU
@@ -71,6 +73,16 @@ def initialise(model: HSTU) -> Tensor:
     nn.init.trunc_normal_(items, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
     items[0] = 0.0
     return items
+
+
+def load_whole(directory: Path) -> tuple[HSTU, Tensor]:
+    """Dense weights and the whole item table of a model directory, on the CPU.
+
+    Serving never does this with a table; training and offline figures may.
+    """
+    config = load_config(directory)
+    table = torch.from_numpy(np.array(map_item_table(directory, config)))
+    return load_dense_weights(directory, config, torch.device("cpu")), table
 
 
 def padded_forward(

@@ -30,16 +30,12 @@ from examples.hstu_training import (
     Metrics,
     evaluate,
     initialise,
+    load_whole,
     pad_histories,
     padded_forward,
 )
 from helm_engine.datasets.ml100k import Int64Array, MovieLens100K, load_ml100k
-from model_executor.checkpoint import (
-    load_config,
-    load_dense_weights,
-    map_item_table,
-    save_model,
-)
+from model_executor.checkpoint import save_model
 from model_executor.model_config import ModelConfig
 from model_executor.models.hstu import HSTU
 
@@ -208,9 +204,7 @@ def rounded(metrics: Metrics) -> dict[str, float]:
 
 def figures_of_saved_model(directory: Path, dataset: MovieLens100K) -> dict[str, Any]:
     """Validation and test figures of a model directory, with seen items removed and kept."""
-    config = load_config(directory)
-    model = load_dense_weights(directory, config, torch.device("cpu"))
-    item_table = torch.from_numpy(np.array(map_item_table(directory, config)))
+    model, item_table = load_whole(directory)
     figures: dict[str, Any] = {}
     for split in ("validation", "test"):
         figures[split] = {

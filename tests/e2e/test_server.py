@@ -18,9 +18,8 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from examples.hstu_training import score_histories
+from examples.hstu_training import load_whole, score_histories
 from helm_engine.entrypoints.api_server import open_socket
-from model_executor.checkpoint import load_config, load_dense_weights, map_item_table
 from tests.e2e.running_server import BUNDLED_MODEL, RunningServer, command, running_server
 
 HISTORY = {"item_ids": [50, 172, 181], "timestamps": [100, 160, 220]}
@@ -37,10 +36,8 @@ def server() -> Iterator[RunningServer]:
 
 def plain_scores(histories: list[dict[str, Any]]) -> torch.Tensor:
     """Scores of all items by the plain padded PyTorch pass, [B, 1682]."""
-    config = load_config(BUNDLED_MODEL)
     return score_histories(
-        load_dense_weights(BUNDLED_MODEL, config, torch.device("cpu")),
-        torch.from_numpy(np.array(map_item_table(BUNDLED_MODEL, config))),
+        *load_whole(BUNDLED_MODEL),
         [np.array(history["item_ids"]) for history in histories],
         [np.array(history["timestamps"]) for history in histories],
         [history["timestamps"][-1] for history in histories],
