@@ -301,7 +301,7 @@ def test_requests_beyond_the_shutdown_timeout_are_answered_with_503() -> None:
         for client in clients:
             client.start()
         while server.get("/load").json()["server_load"] < 4:
-            pass
+            assert answers.empty(), "the requests ended before they all were in flight"
         assert server.stop() == 0
         for _ in clients:
             answer = answers.get(timeout=60)
