@@ -2,9 +2,10 @@
 
 Every user comes twice, before the second last and before the last event, in the order of the
 events' own times; the pool is much smaller than users x histories, so both tenants evict. The
-served ranking figures are put beside those of a plain padded PyTorch pass over the same events,
-and each request is also sent once without a user, which forbids reuse: the two are interleaved
-and compared within the run.
+served ranking figures are put beside those of a plain padded PyTorch pass over the same events.
+A second server then gets each request twice, with its user and without one, which forbids reuse:
+the two are interleaved and their latencies compared. (The twin of a request loads its rows, so
+residency and reuse are taken from the first server, which sees no twins.)
 
     python benchmarks/replay_ml100k.py --json benchmarks/results/replay_ml100k.json
 """
@@ -15,6 +16,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +38,23 @@ MODEL_DIR = REPOSITORY / "examples" / "models" / "hstu-ml-100k"
 POOL_BYTES = 2_000_000
 EMB_FRACTION = 0.1
 QUICK_REQUESTS = 500
+RESAMPLES = 1000
 
 
 @dataclass
 class Served:
     """What the server said to one held-out event."""
 
+    split: str
     event: HeldOutEvent
     answer: dict[str, Any]
+
+
+@dataclass
+class Pair:
+    """How long one request took with reuse and without."""
+
+    reused_tokens: int
     seconds: float
     seconds_without_reuse: float
 
@@ -77,12 +89,18 @@ def ask(client: httpx.Client, body: dict[str, Any]) -> tuple[dict[str, Any], flo
     return answer, seconds
 
 
-def replay(
-    client: httpx.Client, questions: list[tuple[str, HeldOutEvent]]
-) -> list[tuple[str, Served]]:
+def replay(client: httpx.Client, questions: list[tuple[str, HeldOutEvent]]) -> list[Served]:
+    """Asks every question once, as its user."""
+    return [
+        Served(split, event, ask(client, body_of(event, f"user-{event.user_index}"))[0])
+        for split, event in track(questions, description="replaying")
+    ]
+
+
+def time_pairs(client: httpx.Client, questions: list[tuple[str, HeldOutEvent]]) -> list[Pair]:
     """Asks every question twice, as its user and as nobody, in alternating order."""
-    served = []
-    for number, (split, event) in enumerate(track(questions, description="replaying")):
+    pairs = []
+    for number, (_, event) in enumerate(track(questions, description="timing")):
         as_user = body_of(event, f"user-{event.user_index}")
         as_nobody = body_of(event, None)
         if number % 2:
@@ -91,8 +109,8 @@ def replay(
         else:
             _, without = ask(client, as_nobody)
             answer, seconds = ask(client, as_user)
-        served.append((split, Served(event, answer, seconds, without)))
-    return served
+        pairs.append(Pair(answer["usage"]["cached_tokens"], seconds, without))
+    return pairs
 
 
 def ranking_figures(served: list[Served]) -> dict[str, float]:
@@ -144,14 +162,14 @@ def usage_figures(served: list[Served]) -> dict[str, float]:
     }
 
 
-def latency_figures(served: list[Served], resamples: int, seed: int) -> dict[str, Any]:
+def latency_figures(pairs: list[Pair], seed: int) -> dict[str, Any]:
     """Latencies, and the ratio with reuse over without, with its 95 % bootstrap interval."""
-    reuse = np.array([one.seconds for one in served]) * 1e3
-    none = np.array([one.seconds_without_reuse for one in served]) * 1e3
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(served), (resamples, len(served)))
+    reuse = np.array([pair.seconds for pair in pairs]) * 1e3
+    none = np.array([pair.seconds_without_reuse for pair in pairs]) * 1e3
+    picks = np.random.default_rng(seed).integers(0, len(pairs), (RESAMPLES, len(pairs)))
     ratios = reuse[picks].sum(axis=1) / none[picks].sum(axis=1)
     return {
+        "requests": len(pairs),
         "p50_ms": float(np.median(reuse)),
         "p99_ms": float(np.quantile(reuse, 0.99)),
         "mean_ms_over_without_reuse": float(reuse.sum() / none.sum()),
@@ -159,33 +177,17 @@ def latency_figures(served: list[Served], resamples: int, seed: int) -> dict[str
     }
 
 
-def measure(client: httpx.Client, quick: bool, seed: int) -> dict[str, Any]:
-    """Replays, compares and sums up."""
-    dataset = load_ml100k()
-    questions = replay_order(dataset)
-    if quick:
-        questions = questions[-QUICK_REQUESTS:]
-    answered = replay(client, questions)
-    served = [one for _, one in answered]
-    tests = [one for split, one in answered if split == "test"]
-    returning = [one for one in tests if one.answer["usage"]["cached_tokens"] > 0]
-    figures: dict[str, Any] = {
+def summarise(served: list[Served]) -> dict[str, Any]:
+    """Ranking figures of the last events, and what the caches did for all."""
+    tests = [one for one in served if one.split == "test"]
+    return {
         "requests": len(served),
         "test_requests": len(tests),
         "served": ranking_figures(tests),
         "offline": compare_scores(tests),
         "usage": usage_figures(served),
         "usage_test_only": usage_figures(tests),
-        "latency": latency_figures(served, 1000, seed),
     }
-    if returning:
-        figures["latency_where_kv_was_reused"] = {
-            "requests": len(returning),
-            **latency_figures(returning, 1000, seed),
-        }
-    if not quick:
-        figures["offline_over_all_users"] = offline_figures(dataset)
-    return figures
 
 
 def offline_figures(dataset: MovieLens100K) -> dict[str, float]:
@@ -195,38 +197,56 @@ def offline_figures(dataset: MovieLens100K) -> dict[str, float]:
     return {"hr10": metrics.hr10, "ndcg10": metrics.ndcg10}
 
 
-def main() -> None:
-    """Starts a server, replays, writes the figures."""
-    parser = benchmark_parser(__doc__)
-    parser.add_argument("--device", default="cpu", help="of the server: cpu, cuda or cuda:N")
-    arguments = parser.parse_args()
-    flags = ["--pool-bytes", str(POOL_BYTES), "--emb-fraction", str(EMB_FRACTION)]
-    flags += ["--device", arguments.device]
+@contextmanager
+def running_server(device: str) -> Iterator[httpx.Client]:
+    """A server of the bundled model over a small pool; it must end with status 0."""
     serve = [sys.executable, "-m", "helm_engine.entrypoints.cli", "serve", str(MODEL_DIR)]
-    server = subprocess.Popen([*serve, "--port", "0", *flags], stdout=subprocess.PIPE, text=True)
+    flags = ["--pool-bytes", str(POOL_BYTES), "--emb-fraction", str(EMB_FRACTION)]
+    server = subprocess.Popen(
+        [*serve, "--port", "0", "--device", device, *flags], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert server.stdout is not None
         address = re.search(r"on (http://\S+)", server.stdout.readline())
         if address is None:
             raise SystemExit("the server did not start")
         with httpx.Client(base_url=address[1], timeout=60) as client:
-            figures = measure(client, arguments.quick, arguments.seeds[0])
-            info = client.get("/info").json()
-            metrics = client.get("/metrics").text
+            yield client
     finally:
         server.terminate()
-        exit_status = server.wait(30)
-    gauges = {
-        sample.name: sample.value
-        for family in text_string_to_metric_families(metrics)
-        for sample in family.samples
-    }
+        status = server.wait(30)
+    if status:
+        raise SystemExit(f"the server ended with status {status}")
+
+
+def main() -> None:
+    """Replays and times, each against a server of its own, and writes the figures."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--device", default="cpu", help="of the server: cpu, cuda or cuda:N")
+    arguments = parser.parse_args()
+    dataset = load_ml100k()
+    questions = replay_order(dataset)
+    if arguments.quick:
+        questions = questions[-QUICK_REQUESTS:]
+    with running_server(arguments.device) as client:
+        figures = summarise(replay(client, questions))
+        layout = client.get("/info").json()["layout"]
+        gauges = {
+            sample.name: sample.value
+            for family in text_string_to_metric_families(client.get("/metrics").text)
+            for sample in family.samples
+        }
+    with running_server(arguments.device) as client:
+        pairs = time_pairs(client, questions)
+    reusing = [pair for pair in pairs if pair.reused_tokens]
+    figures["latency"] = latency_figures(pairs, arguments.seeds[0])
+    figures["latency_where_kv_was_reused"] = latency_figures(reusing, arguments.seeds[0])
+    figures["offline_over_all_users"] = offline_figures(dataset)
     figures["pool"] = {
-        "pages": info["layout"]["num_pages"],
-        "emb_pages": info["layout"]["num_emb_pages"],
-        "page_bytes": info["layout"]["page_bytes"],
+        "pages": layout["num_pages"],
+        "emb_pages": layout["num_emb_pages"],
+        "page_bytes": layout["page_bytes"],
         "emb_cache_usage": gauges["helm:emb_cache_usage_perc"],
-        "server_exit_status": exit_status,
     }
     write_result(arguments.json, figures, arguments.seeds)
 
