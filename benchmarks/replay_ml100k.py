@@ -223,8 +223,9 @@ def main() -> None:
     """Replays and times, each against a server of its own, and writes the figures."""
     parser = benchmark_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="of the server: cpu, cuda or cuda:N")
+    parser.add_argument("--data", type=Path, help="a copy of MovieLens-100K; default: download it")
     arguments = parser.parse_args()
-    dataset = load_ml100k()
+    dataset = load_ml100k(arguments.data)
     questions = replay_order(dataset)
     if arguments.quick:
         questions = questions[-QUICK_REQUESTS:]

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("helm-engine", "torch", "numpy", "fastapi", "uvicorn", "pydantic", "triton")
+from helm_engine.version import __version__
+
+_PACKAGES = ("torch", "numpy", "fastapi", "uvicorn", "pydantic", "triton")
 
 
 def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
@@ -54,7 +56,7 @@ def _processor() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a figure; absent packages are left out."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "helm-engine": __version__}
     for name in _PACKAGES:
         try:
             found[name] = version(name)

@@ -51,7 +51,7 @@ def hash_blocks(
 
     Args:
         root: from `root_hash`.
-        features: int64 [rows, features]: all inputs that row's K and V depend on beyond the rows
+        features: int64 [rows, features]: all inputs that a row's K and V depend on beyond the rows
             before it.
         block_tokens: rows of a block; a last, partly filled block has no hash.
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from block_manager.block import KVCacheBlock
 from block_manager.block_hash import BlockHash
-from block_manager.errors import IntegrityError
+from block_manager.exceptions import IntegrityError
 from block_manager.free_queue import FreeKVCacheBlockQueue
 from block_manager.page_pool import PageIds
 
@@ -34,6 +34,7 @@ class BlockPool:
             [block for block in self.blocks.values() if not block.is_null]
         )
         self._by_hash: dict[BlockHash, dict[int, KVCacheBlock]] = {}
+        self.num_evictions = 0
         self._track_dead = track_dead
         self._dead: set[int] = set()
 
@@ -69,6 +70,7 @@ class BlockPool:
         """
         blocks = self._free.popleft_n(num_blocks)
         for block in blocks:
+            self.num_evictions += block.block_hash is not None
             self._forget_content(block)
             block.ref_cnt = 1
         return blocks

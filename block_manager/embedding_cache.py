@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from block_manager.errors import IntegrityError
+from block_manager.exceptions import IntegrityError
 from block_manager.page_pool import PageIds
 from block_manager.row_policy import AgedFrequency, RowIds
 
@@ -58,6 +58,7 @@ class EmbeddingCache:
         self._num_free = len(self._free)
         # Counted and not derived: metrics are read while a step runs on another thread.
         self._num_resident = 0
+        self.num_evictions = 0
         self._policy = AgedFrequency(num_rows, len(self._slots))
         self._hand = 0
         self._step = 0
@@ -73,6 +74,11 @@ class EmbeddingCache:
     def num_slots(self) -> int:
         """Rows the tenant has room for."""
         return len(self._slots)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every slot is either free or holds a row: no step has slots reserved."""
+        return self._num_free + self._num_resident == len(self._slots)
 
     @property
     def num_resident(self) -> int:
@@ -131,6 +137,7 @@ class EmbeddingCache:
             self._slot_of_row[self._row_of_slot[victims]] = NOWHERE
             self._row_of_slot[victims] = NOWHERE
             self._num_resident -= len(victims)
+            self.num_evictions += len(victims)
             self._bury(victims)
             granted = np.concatenate([granted, victims])
         slots[missing[: len(granted)]] = granted

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from block_manager.block import KVCacheBlock
 from block_manager.block_hash import BlockHash
 from block_manager.block_pool import BlockPool
-from block_manager.errors import IntegrityError
+from block_manager.exceptions import IntegrityError
 
 
 class KVCacheManager:

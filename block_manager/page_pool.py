@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from block_manager.errors import IntegrityError
+from block_manager.exceptions import IntegrityError
 from block_manager.pool_layout import PoolLayout
 
 PageIds = npt.NDArray[np.int64]
@@ -37,7 +37,6 @@ class PagePool:
     """Pages and owners. Page 0 is KV's for good: it is the null block."""
 
     def __init__(self, layout: PoolLayout) -> None:
-        self.layout = layout
         self._owner = np.full(layout.num_pages, Tenant.KV, dtype=np.int8)
         self._owner[layout.num_kv_pages :] = Tenant.EMB
 

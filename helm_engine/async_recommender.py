@@ -8,7 +8,7 @@ import uuid
 from helm_engine.clock import Clock
 from helm_engine.engine_client import InProcessEngineClient
 from helm_engine.engine_loader import LoadedEngine
-from helm_engine.exceptions import HelmError
+from helm_engine.exceptions import HelmError, RequestAbortedError
 from helm_engine.metrics import EngineMetrics
 from helm_engine.output_processor import build_recommendation
 from helm_engine.protocol import Recommendation, RecommendRequest
@@ -41,6 +41,9 @@ class AsyncRecommender:
             prepared = self._processor.process(body, f"rec-{uuid.uuid4().hex}", arrived)
             await self._client.submit(prepared.request)
             answer = build_recommendation(prepared, self._model_name)
+        except asyncio.CancelledError:
+            self.metrics.count_failure(RequestAbortedError("the request was withdrawn"))
+            raise
         except HelmError as error:
             self.metrics.count_failure(error)
             raise

@@ -34,6 +34,19 @@ class _Line:
     error: InvalidRequestError | None = None
 
 
+def check_files(source: Path, target: Path) -> None:
+    """Checks both files before a model is loaded for them.
+
+    Raises:
+        OSError: the input cannot be read.
+        ValueError: both are the same file.
+    """
+    with source.open("rb"):
+        pass
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"output: {target} is the input file")
+
+
 def run_batch(recommender: Recommender, source: Path, target: Path) -> BatchCount:
     """Answers every line of a file; a bad line becomes an error line.
 
@@ -42,17 +55,16 @@ def run_batch(recommender: Recommender, source: Path, target: Path) -> BatchCoun
         source: JSON lines `{"custom_id", "method": "POST", "url": "/v1/recommend", "body"}`;
             blank lines are skipped.
         target: JSON lines `{"id", "custom_id", "response": {"status_code", "request_id", "body"},
-            "error"}`, in the order of the input.
+            "error"}`, in the order of the input. It is replaced.
 
     Raises:
         OSError: a file cannot be read or written.
         ValueError: both files are the same.
     """
-    if target.exists() and source.exists() and target.samefile(source):
-        raise ValueError(f"output: {target} is the input file")
+    check_files(source, target)
     succeeded = failed = 0
     with source.open("rb") as lines, target.open("w", encoding="utf-8") as out:
-        for line, answer in _answer_lines(recommender, map(_parse_line, _non_blank(lines))):
+        for line, answer in _answer_lines(recommender, _parse_lines(lines)):
             out.write(json.dumps(_result_line(line, answer)) + "\n")
             if isinstance(answer, HelmError):
                 failed += 1
@@ -61,28 +73,32 @@ def run_batch(recommender: Recommender, source: Path, target: Path) -> BatchCoun
     return BatchCount(succeeded, failed)
 
 
-def _non_blank(lines: Iterable[bytes]) -> Iterator[bytes]:
-    return (line for line in lines if line.strip())
+def _parse_lines(lines: Iterable[bytes]) -> Iterator[_Line]:
+    return (_parse_line(n, line) for n, line in enumerate(lines, start=1) if line.strip())
 
 
-def _parse_line(raw: bytes) -> _Line:
+def _parse_line(number: int, raw: bytes) -> _Line:
+    """Takes a line apart; what is wrong with it is said with its number."""
+
+    def bad(custom_id: str | None, field: str, problem: str) -> _Line:
+        message = f"line {number}: {field}: {problem}"
+        return _Line(custom_id, None, InvalidRequestError(message, field))
+
     try:
         parsed = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        return _Line(None, None, InvalidRequestError(f"line: is not JSON: {error}", "line"))
+        return bad(None, "line", f"is not JSON: {error}")
     if not isinstance(parsed, dict):
-        return _Line(None, None, InvalidRequestError("line: must be a JSON object", "line"))
+        return bad(None, "line", "must be a JSON object")
     custom_id = parsed.get("custom_id")
     if not isinstance(custom_id, str):
-        message = "custom_id: must be a string"
-        return _Line(None, None, InvalidRequestError(message, "custom_id"))
+        return bad(None, "custom_id", "must be a string")
     if parsed.get("method") != "POST":
-        return _Line(custom_id, None, InvalidRequestError("method: must be POST", "method"))
+        return bad(custom_id, "method", "must be POST")
     if parsed.get("url") not in _URLS:
-        message = f"url: must be one of {', '.join(_URLS)}"
-        return _Line(custom_id, None, InvalidRequestError(message, "url"))
+        return bad(custom_id, "url", f"must be one of {', '.join(_URLS)}")
     if "body" not in parsed:
-        return _Line(custom_id, None, InvalidRequestError("body: is missing", "body"))
+        return bad(custom_id, "body", "is missing")
     return _Line(custom_id, parsed["body"])
 
 

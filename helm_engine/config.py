@@ -64,6 +64,8 @@ class ExecutorConfig:
 class RequestLimits:
     """What a single request may ask for; shown by `/info`."""
 
+    max_body_bytes: int = 16 << 20
+    """Bytes of a request's body; larger ones are refused (413) before they are parsed."""
     max_history_events: int = 65_536
     """Events one history may bring; the model reads the newest of them."""
     max_candidates: int = 4096
@@ -75,6 +77,7 @@ class RequestLimits:
         Raises:
             ValueError: names the field and its limit.
         """
+        _require_at_least("max_body_bytes", self.max_body_bytes, 1)
         _require_at_least("max_history_events", self.max_history_events, 1)
         _require_at_least("max_candidates", self.max_candidates, 1)
         _require_at_least("max_top_k", self.max_top_k, 1)

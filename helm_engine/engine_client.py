@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable
 
 from helm_engine.engine_core import EngineCore
-from helm_engine.exceptions import EngineDeadError, HelmError, RequestAbortedError
+from helm_engine.exceptions import EngineUnavailableError, HelmError, RequestAbortedError
 from helm_engine.request import Request
 
 logger = logging.getLogger(__name__)
 
 _IDLE_CHECK_SECONDS = 1.0
-"""The pool's books are checked once the engine has had nothing to do for this long."""
+"""Once the engine has had nothing to do for this long, it looks whether anything was leaked."""
 
 
 class InProcessEngineClient:
@@ -41,10 +41,10 @@ class InProcessEngineClient:
 
         Raises:
             HelmError: the request's own error: queue full, deadline passed, step failed.
-            EngineDeadError: the step loop has ended.
+            EngineUnavailableError: the step loop has ended.
         """
         if not self._alive:
-            raise EngineDeadError("the engine has stopped")
+            raise EngineUnavailableError("the engine has stopped")
         future: asyncio.Future[Request] = self._loop.create_future()
         self._futures[request.request_id] = future
         self._commands.put(lambda: self._add(request))
@@ -84,7 +84,7 @@ class InProcessEngineClient:
             except queue.Empty:
                 if not block:
                     return True
-                self._core.check_integrity()
+                self._core.check_nothing_leaked()
                 checked = True
                 continue
             if command is None:
@@ -124,4 +124,4 @@ class InProcessEngineClient:
         """Answers all waiting clients with an error; must be called on the event loop."""
         for future in self._futures.values():
             if not future.done():
-                future.set_exception(EngineDeadError(reason))
+                future.set_exception(EngineUnavailableError(reason))

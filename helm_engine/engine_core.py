@@ -41,6 +41,10 @@ class EngineCore:
             ended += self.step()
         return ended
 
+    def check_nothing_leaked(self) -> None:
+        """Checks an idle engine; see `Scheduler.check_nothing_leaked`."""
+        self.scheduler.check_nothing_leaked()
+
     def check_integrity(self) -> None:
         """Checks the pool's books; see `Scheduler.check_integrity`."""
         self.scheduler.check_integrity()

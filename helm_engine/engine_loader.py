@@ -97,6 +97,8 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         can_retrieve=runner.retrieval_head is not None,
     )
     _warm_up(config, processor, layout, runner, table.num_rows)
+    if config.poison_freed_memory:
+        runner.arena.poison()
     scheduler = build_scheduler(
         config.scheduler, layout, table.num_rows, track_dead=config.poison_freed_memory
     )

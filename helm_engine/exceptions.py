@@ -36,8 +36,8 @@ class QueueFullError(HelmError):
     error_type = "overloaded_error"
 
 
-class EngineDeadError(HelmError):
-    """The engine's loop has ended; nothing will be answered."""
+class EngineUnavailableError(HelmError):
+    """The engine has stopped, or the server is shutting down."""
 
     status = 503
     error_type = "service_unavailable_error"

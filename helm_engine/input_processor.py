@@ -190,7 +190,8 @@ class InputProcessor:
     def _reuse_hindrance(self, body: RecommendRequest, kept: int) -> ReuseBlocked | None:
         if body.user is None:
             return ReuseBlocked.NO_USER
-        if body.history.start_index or kept < len(body.history.item_ids):
+        shifted = body.history.start_index or kept < len(body.history.item_ids)
+        if shifted and kept > self._block_tokens:  # Shorter ones fill no block to be reused.
             return ReuseBlocked.WINDOW_SHIFTED
         return None
 

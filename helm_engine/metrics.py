@@ -16,7 +16,7 @@ LATENCY_BUCKETS_SECONDS = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03,
     0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0,
 )  # fmt: skip
-"""1 ms to 1 s: where recommenders live."""
+"""1 ms to 1 s, the usual range of recommenders."""
 
 
 class _SchedulerCollector(Collector):
@@ -47,11 +47,22 @@ class _SchedulerCollector(Collector):
             ),
         }
         counters = {
-            "helm:engine_steps": ("Steps carried out.", stats.steps),
-            "helm:prefix_cache_queries": ("History tokens looked up.", stats.prefix_queries),
+            "helm:engine_steps": ("Steps planned.", stats.steps),
+            "helm:prefix_cache_queries": (
+                "History tokens of admitted requests.",
+                stats.prefix_queries,
+            ),
             "helm:prefix_cache_hits": ("History tokens whose KV was reused.", stats.prefix_hits),
             "helm:emb_cache_queries": ("Distinct rows looked up, by step.", stats.row_queries),
             "helm:emb_cache_hits": ("Those that were in the pool.", stats.row_hits),
+            "helm:kv_cache_evictions": (
+                "Reusable blocks given to other histories.",
+                scheduler.kv.pool.num_evictions,
+            ),
+            "helm:emb_cache_evictions": (
+                "Rows that gave up their slot.",
+                scheduler.emb.num_evictions,
+            ),
         }
         for name, (help_text, value) in gauges.items():
             gauge = GaugeMetricFamily(name, help_text, labels=["model_name"])

@@ -22,7 +22,7 @@ RequestLike = RecommendRequest | Mapping[str, Any]
 
 
 class Recommender:
-    """Serves a model directory in this process, without a server.
+    """Serves a model directory in this process, without a server; not thread-safe.
 
     Example:
         >>> recommender = Recommender("examples/models/hstu-ml-100k")
@@ -105,9 +105,9 @@ class Recommender:
     def stream(self, requests: Iterable[object]) -> Iterator[Recommendation | HelmError]:
         """Answers requests as they come, in order, each with an answer or with its own error.
 
-        Only a few more requests are read ahead than run at once, so that a long stream takes
-        bounded memory and a live one is answered as it goes. An error in place of a request
-        comes out in its turn. Closed early, the stream withdraws what it has read.
+        Up to twice as many requests are read ahead as run at once, so that a long stream takes
+        bounded memory. An error in place of a request comes out in its turn. Closed early, the
+        stream withdraws what it has read.
         """
         limits = self.config.scheduler
         read_ahead = min(2 * limits.max_num_seqs, limits.max_num_waiting)

@@ -65,7 +65,7 @@ class Request:
     cached_tokens: int = 0
     rows_requested: int = 0
     rows_resident: int = 0
-    scores: Float32Array = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    scores: Float32Array = field(init=False)
     """Of the candidates, in the order of `candidate_ids`."""
     retrieved: tuple[Int64Array, Float32Array] | None = None
     first_scheduled: float | None = None
@@ -96,7 +96,7 @@ class Request:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the engine is through with the request, for better or worse."""
+        """Whether the request has finished or failed."""
         return self.status in (RequestStatus.FINISHED, RequestStatus.FAILED)
 
     @property

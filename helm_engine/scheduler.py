@@ -16,6 +16,7 @@ import numpy as np
 
 from block_manager.block_pool import BlockPool
 from block_manager.embedding_cache import NOWHERE, EmbeddingCache
+from block_manager.exceptions import IntegrityError
 from block_manager.kv_cache_manager import KVCacheManager
 from block_manager.page_pool import PagePool, Tenant
 from block_manager.pool_layout import PoolLayout
@@ -123,8 +124,8 @@ class Scheduler:
         free_seats = self.config.max_num_seqs - self.num_running
         if self.num_waiting - free_seats >= self.config.max_num_waiting:
             raise QueueFullError(
-                f"{self.num_waiting} requests are waiting, the limit is "
-                f"{self.config.max_num_waiting}; try again later"
+                f"the queue is full, the limit is {self.config.max_num_waiting} waiting requests; "
+                "try again later"
             )
         if request.request_id in self._live:
             raise ValueError(f"request id {request.request_id!r} is in use")
@@ -309,6 +310,19 @@ class Scheduler:
         for _, request in list(self._running):
             if request.request_id in in_step:
                 self.fail(request, error)
+
+    def check_nothing_leaked(self) -> None:
+        """Cheap check of an idle engine: everything is free or reusable again.
+
+        Raises:
+            IntegrityError: says what is still held.
+        """
+        pool = self.kv.pool
+        held = len(pool.blocks) - 1 - pool.num_free_blocks
+        if held:
+            raise IntegrityError(f"KV: {held} blocks are held though no request is there")
+        if not self.emb.is_settled:
+            raise IntegrityError("EMB: slots are reserved though no step runs")
 
     def check_integrity(self) -> None:
         """Every page has one owner and both tenants' books add up.

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model_executor.errors import ModelDirectoryError
+from model_executor.exceptions import ModelDirectoryError
 from model_executor.layers.relative_bias import time_bucket_edges
 from model_executor.model_config import ModelConfig, read_model_config
 from model_executor.models.hstu import HSTU

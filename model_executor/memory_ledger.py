@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from model_executor.attention.torch_reference import PAIRS_PER_TILE
 from model_executor.model_config import ModelConfig
 from model_executor.models.heads import SCORES_PER_PASS
+from model_executor.page_arena import ELEMENT_BYTES
 
-_FLOAT = 4
 _PAIR_BYTES = 32
 """Of one query-key pair, heads apart: distance, bucket, two biases and their sum, mask."""
 
@@ -45,8 +45,8 @@ def activation_bound(config: ModelConfig, max_tokens: int, max_seqs: int, retrie
     gathered = longest * (heads_qk + heads_v)
     pairs = min(max_tokens, longest) * longest
     tile = min(pairs, max(longest, PAIRS_PER_TILE // config.num_heads))
-    attention = tile * (_PAIR_BYTES + 3 * config.num_heads * _FLOAT)
+    attention = tile * (_PAIR_BYTES + 3 * config.num_heads * ELEMENT_BYTES)
     buckets = 2 * max_tokens * longest
     users_scored = max(1, min(max_seqs, SCORES_PER_PASS // config.num_items))
     retrieval = 2 * users_scored * config.num_items if retrieves else 0
-    return _FLOAT * (max_tokens * row + 2 * gathered + retrieval) + attention + 2 * buckets
+    return ELEMENT_BYTES * (max_tokens * row + 2 * gathered + retrieval) + attention + 2 * buckets

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model_executor.errors import ModelDirectoryError
+from model_executor.exceptions import ModelDirectoryError
 
 SUPPORTED_DIALECTS = ("research",)
 

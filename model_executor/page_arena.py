@@ -135,6 +135,10 @@ class PageArena:
         """Writes rows [n, D] to distinct places of staging (int64 [n])."""
         self._staging.index_copy_(0, indices, rows)
 
+    def poison(self) -> None:
+        """Fills everything with NaN: a read of memory that was never written shows as NaN."""
+        self._storage.fill_(math.nan)
+
     def poison_pages(self, page_ids: Tensor) -> None:
         """Fills whole pages (int64 [n]) with NaN: a later read of freed KV shows as NaN."""
         pages = self._storage[: self.layout.num_pages * self._page_elements]

@@ -14,7 +14,7 @@ class SimulatedExecutor:
     """Prices each step with a cost profile and advances a clock by it; every score is 0."""
 
     def __init__(self, profile: CostProfile, advance: Callable[[float], None]) -> None:
-        """Takes what moves the virtual clock forward by so many seconds."""
+        """`advance` moves the virtual clock forward by the given seconds."""
         self._profile = profile
         self._advance = advance
 

@@ -15,15 +15,17 @@ from dataclasses import asdict
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from helm_engine.async_recommender import AsyncRecommender
 from helm_engine.clock import SystemClock
 from helm_engine.config import EngineConfig
 from helm_engine.engine_loader import LoadedEngine, load_engine
+from helm_engine.entrypoints.body_limit import BodyLimit
 from helm_engine.entrypoints.errors import install_error_handlers
-from helm_engine.exceptions import EngineDeadError
+from helm_engine.exceptions import EngineUnavailableError, RequestAbortedError
 from helm_engine.protocol import ErrorBody, Recommendation, RecommendRequest
 from helm_engine.version import __version__
 
@@ -43,6 +45,7 @@ def build_app(engine: LoadedEngine) -> FastAPI:
         app.state.recommender.close()
 
     app = FastAPI(title="HELM Engine", version=__version__, lifespan=lifespan)
+    app.add_middleware(BodyLimit, max_bytes=engine.config.limits.max_body_bytes)
     install_error_handlers(app)
     _add_recommend_routes(app)
     _add_status_routes(app, engine)
@@ -50,8 +53,18 @@ def build_app(engine: LoadedEngine) -> FastAPI:
 
 
 def _add_recommend_routes(app: FastAPI) -> None:
-    async def recommend(body: RecommendRequest) -> Response:
-        answer: Recommendation = await app.state.recommender.recommend(body)
+    async def recommend(body: RecommendRequest, request: Request) -> Response:
+        answering = asyncio.ensure_future(app.state.recommender.recommend(body))
+        leaving = asyncio.ensure_future(_client_leaves(request))
+        try:
+            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise RequestAbortedError("the client hung up")
+            answer: Recommendation = answering.result()
+        finally:
+            # Withdraws the request, and with it its pages, if the client is gone.
+            answering.cancel()
+            leaving.cancel()
         return Response(answer.model_dump_json(), media_type="application/json")
 
     for path in ("/v1/recommend", "/recommend"):
@@ -64,15 +77,21 @@ def _add_recommend_routes(app: FastAPI) -> None:
         )(recommend)
 
 
+async def _client_leaves(request: Request) -> None:
+    """Returns once the connection is closed; the body has been read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 def _add_status_routes(app: FastAPI, engine: LoadedEngine) -> None:
     config = engine.config
     created = int(time.time())
 
-    @app.get("/health", responses={503: {"model": ErrorBody}})
+    @app.get("/health", response_class=Response, responses={503: {"model": ErrorBody}})
     async def health() -> Response:
         """200 with an empty body while requests can be answered."""
         if not app.state.recommender.is_healthy:
-            raise EngineDeadError("the engine has stopped")
+            raise EngineUnavailableError("the engine has stopped")
         return Response()
 
     @app.get("/version")
@@ -116,7 +135,7 @@ def _add_status_routes(app: FastAPI, engine: LoadedEngine) -> None:
             "executor": asdict(config.executor),
         }
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus text format."""
         return Response(app.state.recommender.metrics.render(), media_type=CONTENT_TYPE_LATEST)

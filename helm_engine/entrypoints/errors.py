@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from helm_engine.exceptions import HelmError, QueueFullError
+from helm_engine.exceptions import HelmError, InvalidRequestError, QueueFullError
 from helm_engine.protocol import ErrorBody, ErrorDetail, invalid_request
 
 logger = logging.getLogger(__name__)
@@ -40,13 +40,16 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
         refused = invalid_request(error.errors())
+        if refused.param == "body":
+            hint = "send a JSON object with Content-Type: application/json"
+            refused = InvalidRequestError(f"{refused}; {hint}", "body")
         app.state.recommender.metrics.count_failure(refused)
         return error_response(refused)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(_: Request, error: HTTPException) -> JSONResponse:
-        # Bodies that the JSON parser gives up on (encoding, nesting) come as a plain 400.
-        broken_body = error.status_code == 400
+        # Too large, or given up on by the JSON parser for its encoding or nesting.
+        broken_body = error.status_code in (400, 413)
         detail = ErrorDetail(
             message=f"body: {error.detail}" if broken_body else str(error.detail),
             type="invalid_request_error" if error.status_code < 500 else "internal_error",

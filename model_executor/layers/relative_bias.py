@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 BUCKET_WIDTH = 0.301
-"""Natural-log seconds per bucket: a bucket is about a doubling of 2^0.43."""
+"""In natural logarithms: each bucket spans a factor of e^0.301, about 1.35."""
 
 
 def time_bucket_edges(num_buckets: int) -> Tensor:

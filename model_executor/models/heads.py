@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model_executor.errors import ModelDirectoryError
+from model_executor.exceptions import ModelDirectoryError
 from model_executor.host_store import HostStore
 from model_executor.models.hstu import HSTU
 from model_executor.step import Float32Array, Int64Array, Retrieval
@@ -77,8 +77,8 @@ class RetrievalHead:
         k = min(task.top_k, len(scores) - len(task.excluded_ids))
         if k <= 0:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-        # All items that tie with the k-th: topk picks among them as it pleases. Not less than,
-        # so that scores that are no numbers come out and are told.
+        # All items that tie with the k-th, since topk picks among them as it pleases.
+        # `~(a < b)` keeps NaN, so that NaN scores are reported and not dropped.
         indices = torch.nonzero(~(scores < scores.topk(k).values[-1])).squeeze(1)
         item_ids = indices.cpu().numpy() + 1
         best = scores[indices].cpu().numpy()

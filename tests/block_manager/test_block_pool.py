@@ -10,7 +10,7 @@ import pytest
 from block_manager.block import KVCacheBlock
 from block_manager.block_hash import BlockHash
 from block_manager.block_pool import BlockPool
-from block_manager.errors import IntegrityError
+from block_manager.exceptions import IntegrityError
 
 A, B, C = (BlockHash(letter * 32) for letter in (b"a", b"b", b"c"))
 

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from block_manager.embedding_cache import NOWHERE, EmbeddingCache, RowPlan
-from block_manager.errors import IntegrityError
+from block_manager.exceptions import IntegrityError
 
 ROWS_PER_PAGE = 4
 NUM_ROWS = 40

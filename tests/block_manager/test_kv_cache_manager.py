@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 
 from block_manager.block_hash import BlockHash, hash_blocks, root_hash
 from block_manager.block_pool import BlockPool
-from block_manager.errors import IntegrityError
+from block_manager.exceptions import IntegrityError
 from block_manager.kv_cache_manager import KVCacheManager
 
 BLOCK_TOKENS = 2

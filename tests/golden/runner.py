@@ -54,7 +54,9 @@ def run_case(case: GoldenCase, device: str = "cpu") -> list[OutputCheck]:
         CaseError: the case has inputs or outputs of a kind that is not known.
     """
     try:
-        produced = dict(_produce(case, device))
+        produced: dict[str, list[Tensor]] = {}
+        for name, tensor in _produce(case, device):
+            produced.setdefault(name, []).append(tensor)
         return [_check(case, name, produced) for name in case.outputs]
     except KeyError as error:
         raise CaseError(f"{case.path}: {error} is missing") from error
@@ -70,10 +72,16 @@ def _produce(case: GoldenCase, device: str) -> Iterator[tuple[str, Tensor]]:
     raise CaseError(f"{case.path}: inputs {case.header['inputs']} are of no known kind")
 
 
-def _check(case: GoldenCase, name: str, produced: dict[str, Tensor]) -> OutputCheck:
-    want, got = case.tensors[name], produced.get(name)
-    if got is None:
+def _check(case: GoldenCase, name: str, produced: dict[str, list[Tensor]]) -> OutputCheck:
+    """The worst of all times an output was produced."""
+    if name not in produced:
         raise CaseError(f"{case.path}: output {name!r} is of no known kind")
+    checks = [_compare(case, name, got) for got in produced[name]]
+    return max(checks, key=lambda check: (not check.passed, check.largest_error))
+
+
+def _compare(case: GoldenCase, name: str, got: Tensor) -> OutputCheck:
+    want = case.tensors[name]
     if got.shape != want.shape:
         raise CaseError(
             f"{case.path}: output {name!r} has shape {list(got.shape)}, not {list(want.shape)}"
@@ -267,17 +275,16 @@ def _run_encoder(case: GoldenCase, device: str) -> Iterator[tuple[str, Tensor]]:
 def _run_appends(case: GoldenCase, device: str) -> Iterator[tuple[str, Tensor]]:
     """Each run on cold pages, then all runs again as one user who returns.
 
-    What a returning user recomputes replaces the cold rows, so both passes are checked.
+    Both passes are checked; of the second, rows that were reused are those of the first.
     """
     engine = _load(case, device)
     runs = [name[3:-4] for name in case.header["inputs"] if name.endswith(".ids")]
-    rows: dict[str, Tensor] = {}
+    cold: dict[str, Tensor] = {}
     for run, user in [(run, None) for run in runs] + [(run, "returning") for run in runs]:
         item_ids = case.tensors[f"in.{run}.ids"].numpy()
         times = case.tensors[f"in.{run}.timestamps"].numpy()
         computed, reused = _run_rows(engine, _request(f"{run}-{user}", item_ids, times, user=user))
-        if run in rows:
-            computed[:reused] = rows[run][:reused]
-        rows[run] = computed
-    for run in runs:
-        yield f"out.{run}.rows", rows[run]
+        if user is None:
+            cold[run] = computed
+        computed[:reused] = cold[run][:reused]
+        yield f"out.{run}.rows", computed

@@ -72,6 +72,8 @@ def test_every_line_is_answered_in_order_and_bad_ones_become_error_lines(
         (None, 400),
         ("good again", 200),
     ]
+    broken = answers[2]["response"]["body"]["error"]
+    assert broken["message"].startswith("line 4: line: is not JSON")
     refused = answers[1]["response"]["body"]["error"]
     assert refused["param"] == "history.item_ids[0]"
     want = read_reference(model_dir).scores([3, 1, 4], [10, 20, 30, 30])

@@ -9,7 +9,7 @@ import pytest
 
 from helm_engine.config import SchedulerConfig
 from helm_engine.engine_client import InProcessEngineClient
-from helm_engine.exceptions import EngineDeadError, QueueFullError
+from helm_engine.exceptions import EngineUnavailableError, QueueFullError
 from helm_engine.request import RequestStatus
 from model_executor.step import ModelOutput, SchedulerOutput
 from tests.helm_engine.test_scheduler import Simulation, make_request
@@ -89,10 +89,10 @@ def test_when_the_engine_dies_its_clients_are_told_at_once() -> None:
 
         simulation.scheduler.schedule = broken  # type: ignore[method-assign]
         client = InProcessEngineClient(simulation.core, asyncio.get_running_loop())
-        with pytest.raises(EngineDeadError):
+        with pytest.raises(EngineUnavailableError):
             await client.submit(make_request("doomed"))
         assert not client.is_alive
-        with pytest.raises(EngineDeadError):
+        with pytest.raises(EngineUnavailableError):
             await client.submit(make_request("later"))
         client.close()
 

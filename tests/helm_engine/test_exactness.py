@@ -148,14 +148,16 @@ def test_any_mix_of_reuse_chunks_and_strangers_gives_the_reference_scores(
             bodies, wants = [], []
             for user, (items, times) in enumerate(histories):
                 asked_at = times[length - 1] + int(rng.integers(0, 3)) * 40
-                bodies.append(
-                    body(items[:length], times[:length], user=f"u{user}", request_time=asked_at)
-                )
+                asked = body(items[:length], times[:length], user=f"u{user}", request_time=asked_at)
+                if user % 2:
+                    asked = {**asked, "candidates": None, "top_k": len(ALL_ITEMS)}
+                bodies.append(asked)
                 kept = slice(max(0, length - 24), length)
                 wants.append(reference.scores(items[kept], [*times[kept], asked_at]))
             answers = recommender.recommend_batch(bodies)
             recommender.engine.core.check_integrity()
             for answer, want in zip(answers, wants, strict=True):
+                assert len(answer.data) == len(ALL_ITEMS)
                 assert largest_difference(answer, want) <= TOLERANCE
 
 

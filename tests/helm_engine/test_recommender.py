@@ -16,7 +16,7 @@ from helm_engine.engine_loader import load_engine
 from helm_engine.exceptions import HelmError, InvalidRequestError, StepFailedError
 from helm_engine.protocol import Recommendation
 from helm_engine.recommender import Recommender
-from model_executor.errors import RowsUnavailableError
+from model_executor.exceptions import RowsUnavailableError
 from tests.toy_models import read_reference, toy_config, toy_engine_config, write_toy_model
 
 HISTORY = {"item_ids": [3, 1, 4], "timestamps": [10, 20, 30]}

@@ -24,7 +24,7 @@ from model_executor.checkpoint import (
     model_version,
     save_model,
 )
-from model_executor.errors import ModelDirectoryError
+from model_executor.exceptions import ModelDirectoryError
 from model_executor.models.hstu import HSTU
 from tests.toy_models import TOY_CONFIG, toy_config, write_toy_model
 

@@ -22,7 +22,7 @@ from helm_engine.protocol import Recommendation, parse_request
 from helm_engine.recommender import Recommender
 from helm_engine.request import Request
 from model_executor.checkpoint import DENSE_FILE, ITEM_TABLE, TABLES_FILE
-from model_executor.errors import RowsUnavailableError
+from model_executor.exceptions import RowsUnavailableError
 from tests.toy_models import read_reference, toy_config, toy_engine_config, write_toy_model
 
 ITEMS = [7, 3, 3, 21, 60, 14, 9, 3, 40, 2, 33]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helm_engine.recommender import Recommender
-from model_executor.errors import ModelDirectoryError
+from model_executor.exceptions import ModelDirectoryError
 from model_executor.host_store import MemoryMappedTable
 from model_executor.models.heads import RetrievalHead
 from model_executor.models.hstu import HSTU
