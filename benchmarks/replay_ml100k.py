@@ -202,6 +202,7 @@ def running_server(device: str) -> Iterator[httpx.Client]:
     """A server of the bundled model over a small pool; it must end with status 0."""
     serve = [sys.executable, "-m", "helm_engine.entrypoints.cli", "serve", str(MODEL_DIR)]
     flags = ["--pool-bytes", str(POOL_BYTES), "--emb-fraction", str(EMB_FRACTION)]
+    flags += ["--log-level", "warning"]
     server = subprocess.Popen(
         [*serve, "--port", "0", "--device", device, *flags], stdout=subprocess.PIPE, text=True
     )

@@ -29,6 +29,8 @@ def _shown_answers() -> list[dict[str, Any]]:
 def test_the_request_shown_gets_the_answer_shown() -> None:
     shown, shown_error = _shown_answers()
     with running_server(BUNDLED_MODEL) as server:
+        printed = server.welcome.splitlines()[-1].replace(server.address, "http://127.0.0.1:8000")
+        assert printed in README
         answer = server.post(_shown_request()).json()
         history = {"item_ids": [1, 5000], "timestamps": [1, 2]}
         error = server.post({"history": history}).json()
@@ -60,6 +62,12 @@ def test_figures_come_from_the_result_files() -> None:
         f"{replay['usage_test_only']['row_hit_share']:.0%}".replace("%", " %"),
         f"{replay['offline']['max_score_diff']:.1e}",
     ]
+    on_gpu = json.loads((RESULTS / "replay_ml100k_cuda.json").read_text())
+    assert on_gpu["served"] == pytest.approx(replay["served"], abs=1e-9)
+    figures.append(
+        f"{on_gpu['latency']['p50_ms']:.1f} ms at the median against "
+        f"{replay['latency']['p50_ms']:.1f} ms"
+    )
     gpu = json.loads((RESULTS / "gpu_check.json").read_text())
     figures += [
         f"| {cell['history']} | {cell['cached_tokens']} | {cell['ms_recompute']:.1f} | "
