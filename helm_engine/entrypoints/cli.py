@@ -55,7 +55,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP until SIGTERM."""
     # Until the server has its own handler: a stop while the model loads is no failure either.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     # Loaded here: `--help` must not wait for torch.
     from helm_engine.entrypoints import api_server
 

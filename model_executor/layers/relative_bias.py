@@ -20,7 +20,9 @@ def time_bucket_edges(num_buckets: int) -> Tensor:
     """Smallest whole seconds of buckets 1..num_buckets: [num_buckets], int64.
 
     Whole-second edges make the bucket an integer comparison, so that no device, batch shape or
-    vector lane can round a logarithm across an edge and break exact reuse.
+    vector lane can round a logarithm across an edge and break exact reuse. The reference's fp32
+    logarithm may choose the neighbouring bucket for differences within its rounding of an edge,
+    which are a few millionths of all.
     """
     edges = [math.ceil(math.exp(BUCKET_WIDTH * bucket)) for bucket in range(1, num_buckets + 1)]
     largest = torch.iinfo(torch.int64).max
