@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,18 @@ sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
 
 import httpx
 import numpy as np
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from rich.progress import track
 
 from benchmarks.report import benchmark_parser, write_result
-from examples.hstu_training import evaluate, load_whole, score_histories
+from examples.hstu_training import (
+    evaluate,
+    load_whole,
+    metrics_of_ranks,
+    ranks_of_targets,
+    score_events,
+)
 from helm_engine.datasets.ml100k import HeldOutEvent, MovieLens100K, load_ml100k
 
 MODEL_DIR = REPOSITORY / "examples" / "models" / "hstu-ml-100k"
@@ -39,6 +46,8 @@ POOL_BYTES = 2_000_000
 EMB_FRACTION = 0.1
 QUICK_REQUESTS = 500
 RESAMPLES = 1000
+NOT_SERVED = 11
+"""Rank of a target that is not among the ten items served."""
 
 
 @dataclass
@@ -115,37 +124,25 @@ def time_pairs(client: httpx.Client, questions: list[tuple[str, HeldOutEvent]]) 
 
 def ranking_figures(served: list[Served]) -> dict[str, float]:
     """HR@10 and NDCG@10 of the served lists."""
-    gains = []
+    ranks = []
     for one in served:
         items = [item["item_id"] for item in one.answer["data"]]
         found = one.event.target_item in items
-        rank = items.index(one.event.target_item) + 1 if found else 0
-        gains.append((float(found), 1.0 / np.log2(1 + rank) if found else 0.0))
-    hr10, ndcg10 = np.mean(gains, axis=0)
-    return {"hr10": float(hr10), "ndcg10": float(ndcg10)}
+        ranks.append(items.index(one.event.target_item) + 1 if found else NOT_SERVED)
+    return asdict(metrics_of_ranks(torch.tensor(ranks)))
 
 
 def compare_scores(served: list[Served]) -> dict[str, float]:
     """Served scores against the plain pass, and the plain pass's figures for the same events."""
-    model, table = load_whole(MODEL_DIR)
     events = [one.event for one in served]
-    scores = score_histories(
-        model,
-        table,
-        [event.item_ids for event in events],
-        [event.timestamps for event in events],
-        [event.request_time for event in events],
-    ).numpy()
-    largest, gains = 0.0, []
-    for one, row in zip(served, scores, strict=True):
+    scores = score_events(*load_whole(MODEL_DIR), events)
+    largest = 0.0
+    for one, row in zip(served, scores.tolist(), strict=True):
         for item in one.answer["data"]:
-            want = float(row[item["item_id"] - 1])
+            want = row[item["item_id"] - 1]
             largest = max(largest, abs(item["score"] - want) / max(1.0, abs(want)))
-        row[one.event.item_ids - 1] = -np.inf
-        rank = 1 + int(np.sum(row > row[one.event.target_item - 1]))
-        gains.append((float(rank <= 10), 1.0 / np.log2(1 + rank) if rank <= 10 else 0.0))
-    hr10, ndcg10 = np.mean(gains, axis=0)
-    return {"hr10": float(hr10), "ndcg10": float(ndcg10), "max_score_diff": largest}
+    metrics = metrics_of_ranks(ranks_of_targets(scores, events))
+    return {**asdict(metrics), "max_score_diff": largest}
 
 
 def usage_figures(served: list[Served]) -> dict[str, float]:
@@ -192,9 +189,7 @@ def summarise(served: list[Served]) -> dict[str, Any]:
 
 def offline_figures(dataset: MovieLens100K) -> dict[str, float]:
     """What the training script reports for the saved model."""
-    model, table = load_whole(MODEL_DIR)
-    metrics = evaluate(model, table, dataset, "test", remove_seen=True)
-    return {"hr10": metrics.hr10, "ndcg10": metrics.ndcg10}
+    return asdict(evaluate(*load_whole(MODEL_DIR), dataset, "test", remove_seen=True))
 
 
 @contextmanager

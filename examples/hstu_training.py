@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from helm_engine.datasets.ml100k import Int64Array, MovieLens100K, Split
+from helm_engine.datasets.ml100k import HeldOutEvent, Int64Array, MovieLens100K, Split
 from model_executor.attention.silu_attention import silu_attention
 from model_executor.checkpoint import load_config, load_dense_weights, map_item_table
 from model_executor.layers.hstu_layer import ResearchHSTULayer
@@ -203,20 +203,32 @@ def evaluate(
         remove_seen: drop all items of the history from the ranking, those that the model no
             longer reads included.
     """
-    questions = dataset.held_out(split)
-    scores = score_histories(
+    events = dataset.held_out(split)
+    scores = score_events(model, item_table, events)
+    return metrics_of_ranks(ranks_of_targets(scores, events, remove_seen=remove_seen))
+
+
+def score_events(model: HSTU, item_table: Tensor, events: Sequence[HeldOutEvent]) -> Tensor:
+    """Scores of every item just before held-out events: float32 [B, num_items]."""
+    return score_histories(
         model,
         item_table,
-        [question.item_ids for question in questions],
-        [question.timestamps for question in questions],
-        [question.request_time for question in questions],
+        [event.item_ids for event in events],
+        [event.timestamps for event in events],
+        [event.request_time for event in events],
     )
+
+
+def ranks_of_targets(
+    scores: Tensor, events: Sequence[HeldOutEvent], *, remove_seen: bool = True
+) -> Tensor:
+    """Ranks of the events' targets, int64 [B], 1 is best; `scores`, [B, num_items], stay as is."""
+    ranked = scores.clone()
     if remove_seen:
-        for row, question in enumerate(questions):
-            scores[row, torch.from_numpy(question.item_ids - 1)] = -torch.inf
-    targets = torch.tensor([[question.target_item - 1] for question in questions])
-    ranks = 1 + (scores > scores.gather(1, targets)).sum(dim=1)
-    return metrics_of_ranks(ranks)
+        for row, event in enumerate(events):
+            ranked[row, torch.from_numpy(event.item_ids - 1)] = -torch.inf
+    targets = torch.tensor([[event.target_item - 1] for event in events])
+    return 1 + (ranked > ranked.gather(1, targets)).sum(dim=1)
 
 
 def metrics_of_ranks(ranks: Tensor) -> Metrics:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helm_engine.exceptions import HelmError, InvalidRequestError
-from helm_engine.protocol import ErrorBody, ErrorDetail, Recommendation
+from helm_engine.protocol import Recommendation, error_body
 from helm_engine.recommender import Recommender
 
 _URLS = ("/v1/recommend", "/recommend")
@@ -119,12 +119,8 @@ def _answer_lines(
 
 def _result_line(line: _Line, answer: Recommendation | HelmError) -> dict[str, Any]:
     if isinstance(answer, HelmError):
-        status = answer.status
-        detail = ErrorDetail(
-            message=str(answer), type=answer.error_type, param=answer.param, code=status
-        )
-        request_id: str = f"rec-{uuid.uuid4().hex}"
-        body: dict[str, Any] = ErrorBody(error=detail).model_dump()
+        status, request_id = answer.status, f"rec-{uuid.uuid4().hex}"
+        body = error_body(answer).model_dump()
     else:
         status, request_id, body = 200, answer.id, answer.model_dump()
     return {

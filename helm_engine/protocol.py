@@ -15,7 +15,7 @@ from pydantic import (
     ValidationError,
 )
 
-from helm_engine.exceptions import InvalidRequestError
+from helm_engine.exceptions import HelmError, InvalidRequestError
 
 MAX_INTEGER = 2**53 - 1
 """What JSON carries exactly everywhere; sums and differences of such numbers fit an int64."""
@@ -181,6 +181,15 @@ class ErrorBody(BaseModel):
     """Body of every answer that is not a success."""
 
     error: ErrorDetail
+
+
+def error_body(error: HelmError) -> ErrorBody:
+    """What a client is told about an error."""
+    return ErrorBody(
+        error=ErrorDetail(
+            message=str(error), type=error.error_type, param=error.param, code=error.status
+        )
+    )
 
 
 def field_path(location: Sequence[int | str]) -> str:

@@ -134,7 +134,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 def model_version(directory: Path) -> str:
     """Digest of everything that decides a score: config, dense weights and tables.
 
-    It is the root of every KV hash, so a changed model never meets KV of the old one.
+    It is the root of every KV hash, so a changed model never meets KV of the old one. Reads all
+    files once.
     """
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, DENSE_FILE, TABLES_FILE):

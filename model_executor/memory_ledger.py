@@ -45,7 +45,11 @@ def activation_bound(config: ModelConfig, max_tokens: int, max_seqs: int, retrie
     gathered = longest * (heads_qk + heads_v)
     pairs = min(max_tokens, longest) * longest
     tile = min(pairs, max(longest, PAIRS_PER_TILE // config.num_heads))
-    attention = tile * (_PAIR_BYTES + 3 * config.num_heads * ELEMENT_BYTES)
+    # Scores and biases of a tile, or the distances of a tile of buckets, which knows no heads.
+    attention = max(
+        tile * (_PAIR_BYTES + 3 * config.num_heads * ELEMENT_BYTES),
+        min(pairs, PAIRS_PER_TILE) * _PAIR_BYTES,
+    )
     buckets = 2 * max_tokens * longest
     users_scored = max(1, min(max_seqs, SCORES_PER_PASS // config.num_items))
     retrieval = 2 * users_scored * config.num_items if retrieves else 0

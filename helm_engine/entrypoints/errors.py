@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from helm_engine.exceptions import HelmError, InvalidRequestError, QueueFullError
-from helm_engine.protocol import ErrorBody, ErrorDetail, invalid_request
+from helm_engine.protocol import ErrorBody, ErrorDetail, error_body, invalid_request
 
 logger = logging.getLogger(__name__)
 
@@ -19,15 +19,10 @@ RETRY_AFTER_SECONDS = 1
 
 def error_response(error: HelmError) -> JSONResponse:
     """The HTTP answer for an error."""
-    detail = ErrorDetail(
-        message=str(error), type=error.error_type, param=error.param, code=error.status
-    )
     headers = {}
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    return JSONResponse(
-        ErrorBody(error=detail).model_dump(), status_code=error.status, headers=headers
-    )
+    return JSONResponse(error_body(error).model_dump(), status_code=error.status, headers=headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:
