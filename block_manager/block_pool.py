@@ -2,21 +2,26 @@
 
 Semantics follow vLLM 0.32's `BlockPool` (v1/core/block_pool.py). A block is *used* while requests
 refer to it; otherwise it is in the free list, and if it carries a hash its content stays
-reusable until the block is handed out again.
+reusable until the block is handed out again. A block's id is its page; all operations take and
+return arrays of ids, int64 [n], and an operation that raises has changed nothing.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numba import njit
 
-from block_manager.block import KVCacheBlock
 from block_manager.block_hash import BlockHash
+from block_manager.block_hash_map import BlockHashToBlockMap
 from block_manager.exceptions import IntegrityError
 from block_manager.free_queue import FreeKVCacheBlockQueue
 from block_manager.page_pool import PageIds
+
+_NOT_OURS = -1
+_NONE_BAD = -1
 
 
 class BlockPool:
@@ -27,20 +32,32 @@ class BlockPool:
 
         With `track_dead`, pages whose content died are remembered until they are drained.
         """
-        self.blocks = {int(page): KVCacheBlock(int(page)) for page in page_ids}
-        self.null_block = self.blocks[int(page_ids[0])]
-        self.null_block.is_null = True
-        self._free = FreeKVCacheBlockQueue(
-            [block for block in self.blocks.values() if not block.is_null]
-        )
-        self._by_hash: dict[BlockHash, dict[int, KVCacheBlock]] = {}
+        self._pages = np.ascontiguousarray(page_ids, dtype=np.int64)
+        self.null_block = int(page_ids[0])
+        """Id of the null block."""
+        num_ids = int(page_ids[-1]) + 1
+        self.ref_cnt = np.full(num_ids, _NOT_OURS, dtype=np.int32)
+        """Running requests that read or write each block, by block id; below 0 where the page is
+        not the tenant's."""
+        self.ref_cnt[self._pages] = 0
+        self._free = FreeKVCacheBlockQueue(self._pages[1:], num_ids)
+        self._by_hash = BlockHashToBlockMap(num_ids)
         self.num_evictions = 0
         self._track_dead = track_dead
-        self._dead: set[int] = set()
+        self._dead: list[PageIds] = []
+        self._load_kernels()
+
+    def _load_kernels(self) -> None:
+        """Makes every operation once, on no block: compiling is not for a request to wait for."""
+        nothing = self._pages[:0]
+        self.find_cached_prefix([], 0)
+        self.touch(nothing)
+        self.cache_blocks(nothing, [])
+        self.free_blocks(self.get_new_blocks(0))
 
     def page_ids(self) -> PageIds:
         """Pages of the tenant, int64, ascending."""
-        return np.fromiter(self.blocks, dtype=np.int64, count=len(self.blocks))
+        return self._pages
 
     @property
     def num_free_blocks(self) -> int:
@@ -48,93 +65,111 @@ class BlockPool:
         return self._free.num_free_blocks
 
     @property
+    def num_held_blocks(self) -> int:
+        """Blocks that running requests hold."""
+        return len(self._pages) - 1 - self._free.num_free_blocks
+
+    @property
     def usage(self) -> float:
         """Share of the blocks that running requests hold, 0..1."""
-        return 1.0 - self._free.num_free_blocks / max(1, len(self.blocks) - 1)
+        return self.num_held_blocks / max(1, len(self._pages) - 1)
 
     @property
     def num_cached_blocks(self) -> int:
         """Blocks whose content can be reused."""
-        return sum(map(len, self._by_hash.values()))
+        return len(self._by_hash)
 
-    def get_cached_block(self, block_hash: BlockHash) -> KVCacheBlock | None:
-        """A block with this content, or None. Several may hold it; the first cached one wins."""
-        copies = self._by_hash.get(block_hash)
-        return next(iter(copies.values())) if copies else None
+    def free_block_ids(self) -> PageIds:
+        """Free blocks in the order in which they will be handed out, int64."""
+        return self._free.get_all_free_blocks()
 
-    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+    def find_cached_prefix(self, hashes: Sequence[BlockHash], max_blocks: int) -> PageIds:
+        """Blocks with the content of the leading hashes, up to the first that is not there.
+
+        Several blocks may hold the same content; the first cached one wins.
+        """
+        return self._by_hash.find_prefix(hashes[:max_blocks])
+
+    def num_idle(self, block_ids: PageIds) -> int:
+        """How many of some distinct blocks nobody reads: they are in the free list."""
+        return int(np.count_nonzero(self.ref_cnt[block_ids] == 0))
+
+    def get_new_blocks(self, num_blocks: int) -> PageIds:
         """Takes blocks from the front of the free list; what they held is gone.
 
         Raises:
-            ValueError: not enough are free; nothing is taken.
+            ValueError: not enough are free.
         """
-        blocks = self._free.popleft_n(num_blocks)
-        for block in blocks:
-            self.num_evictions += block.block_hash is not None
-            self._forget_content(block)
-            block.ref_cnt = 1
-        return blocks
+        block_ids = self._free.popleft_n(num_blocks)
+        self.ref_cnt[block_ids] = 1
+        self.num_evictions += self._forget_content(block_ids)
+        return block_ids
 
-    def touch(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """Adds a reader to cached blocks; a free one leaves the free list."""
-        for block in blocks:
-            if block.ref_cnt == 0 and not block.is_null:
-                self._free.remove(block)
-            block.ref_cnt += 1
+    def touch(self, block_ids: PageIds) -> None:
+        """Adds a reader to cached blocks; a free one leaves the free list.
 
-    def free_blocks(self, ordered_blocks: Sequence[KVCacheBlock]) -> None:
+        Raises:
+            IntegrityError: a page is not the tenant's.
+        """
+        bad, idle = _add_readers(self.ref_cnt, self.null_block, _contiguous(block_ids))
+        if bad != _NONE_BAD:
+            raise IntegrityError(f"block {block_ids[bad]} is not the KV tenant's")
+        self._free.remove(idle)
+
+    def free_blocks(self, ordered_block_ids: PageIds) -> None:
         """Takes a reader away; the first block without readers is the first to be evicted.
 
         Blocks without reusable content go to the front of the free list, the others to its tail.
 
         Raises:
-            IntegrityError: a block is not held that often; nothing is changed.
+            IntegrityError: a block is not held that often.
         """
-        for block, times in Counter(ordered_blocks).items():
-            if block.ref_cnt < times or block.is_null:
-                raise IntegrityError(f"block {block.block_id} was freed without being held")
-        freed = []
-        for block in ordered_blocks:
-            block.ref_cnt -= 1
-            if block.ref_cnt == 0:
-                freed.append(block)
-        dead = [block for block in freed if block.block_hash is None]
-        if self._track_dead:
-            self._dead.update(block.block_id for block in dead)
+        bad, dead, reusable = _drop_readers(
+            self.ref_cnt, self.null_block, self._by_hash.has_hash, _contiguous(ordered_block_ids)
+        )
+        if bad != _NONE_BAD:
+            raise IntegrityError(f"block {ordered_block_ids[bad]} was freed without being held")
+        self._bury(dead)
         self._free.prepend_n(dead)
-        self._free.append_n([block for block in freed if block.block_hash is not None])
+        self._free.append_n(reusable)
 
-    def cache_block(self, block: KVCacheBlock, block_hash: BlockHash) -> None:
-        """Makes a full block's content reusable."""
-        if block.block_hash is not None or block.is_null or block.ref_cnt < 1:
-            raise IntegrityError(f"block {block.block_id} cannot take a hash")
-        block.block_hash = block_hash
-        self._by_hash.setdefault(block_hash, {})[block.block_id] = block
+    def cache_blocks(self, block_ids: PageIds, hashes: Sequence[BlockHash]) -> None:
+        """Makes the content of full blocks reusable; a hash for each.
+
+        Raises:
+            IntegrityError: a block has a hash already, comes twice, or is not held.
+        """
+        is_refused = (block_ids <= self.null_block) | (block_ids >= len(self.ref_cnt))
+        if not is_refused.any():
+            is_refused = self.ref_cnt[block_ids] < 1
+        for block in block_ids[is_refused][:1]:
+            raise IntegrityError(f"block {block} cannot take a hash")
+        self._by_hash.insert(_contiguous(block_ids), hashes)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all reusable content; False, and nothing done, while blocks are held."""
-        if self._free.num_free_blocks != len(self.blocks) - 1:
+        if self.num_held_blocks:
             return False
-        for block in self.blocks.values():
-            self._forget_content(block)
+        self._forget_content(self._pages)
         return True
 
     def take_dead_blocks(self) -> list[int]:
         """Drains the pages whose content died since the last call (for poisoning them)."""
-        dead = sorted(self._dead)
+        if not self._dead:
+            return []
+        dead: list[int] = np.unique(np.concatenate(self._dead)).tolist()
         self._dead.clear()
         return dead
 
-    def _forget_content(self, block: KVCacheBlock) -> None:
-        if block.block_hash is None:
-            return
-        copies = self._by_hash[block.block_hash]
-        del copies[block.block_id]
-        if not copies:
-            del self._by_hash[block.block_hash]
-        block.block_hash = None
-        if self._track_dead:
-            self._dead.add(block.block_id)
+    def _forget_content(self, block_ids: PageIds) -> int:
+        """Makes blocks no longer reusable; returns how many were."""
+        forgotten = self._by_hash.pop(block_ids)
+        self._bury(forgotten)
+        return len(forgotten)
+
+    def _bury(self, block_ids: PageIds) -> None:
+        if self._track_dead and len(block_ids):
+            self._dead.append(block_ids)
 
     def check_integrity(self) -> None:
         """Free + held + null = all blocks, and the hash index matches the blocks.
@@ -142,20 +177,63 @@ class BlockPool:
         Raises:
             IntegrityError: names the block.
         """
-        free = list(self._free)
-        free_ids = {block.block_id for block in free}
-        if len(free) != len(free_ids) or len(free) != self._free.num_free_blocks:
-            raise IntegrityError("KV: the free list holds a block twice or miscounts")
-        for block in self.blocks.values():
-            is_free = block.block_id in free_ids
-            if not block.is_null and is_free != (block.ref_cnt == 0):
-                raise IntegrityError(
-                    f"KV: block {block.block_id} has {block.ref_cnt} readers, free: {is_free}"
-                )
-            if block.block_hash is not None and block.block_id not in self._by_hash.get(
-                block.block_hash, {}
-            ):
-                raise IntegrityError(f"KV: block {block.block_id} is missing from the hash index")
-        hashed = sum(block.block_hash is not None for block in self.blocks.values())
-        if hashed != self.num_cached_blocks:
-            raise IntegrityError("KV: the hash index holds blocks that carry no hash")
+        is_free = self._free.check_integrity()
+        has_no_reader = self.ref_cnt == 0
+        has_no_reader[self.null_block] = False
+        for block in np.flatnonzero(is_free != has_no_reader)[:1]:
+            raise IntegrityError(
+                f"KV: block {block} has {self.ref_cnt[block]} readers, free: {is_free[block]}"
+            )
+        self._by_hash.check_integrity()
+
+
+def _contiguous(block_ids: PageIds) -> PageIds:
+    """The one layout that kernels are compiled for."""
+    return np.ascontiguousarray(block_ids, dtype=np.int64)
+
+
+@njit(cache=True, nogil=True)
+def _add_readers(ref_cnt: Any, null_block: Any, block_ids: Any) -> Any:
+    """Counts a reader of each block.
+
+    Returns:
+        The place of an id that is no block, then nothing is counted, or _NONE_BAD; and the blocks
+        that had no reader.
+    """
+    idle = np.empty(len(block_ids), dtype=np.int64)
+    num_idle = 0
+    for i in range(len(block_ids)):
+        if not 0 <= block_ids[i] < len(ref_cnt) or ref_cnt[block_ids[i]] < 0:
+            return i, idle[:0]
+    for block in block_ids:
+        if ref_cnt[block] == 0 and block != null_block:
+            idle[num_idle] = block
+            num_idle += 1
+        ref_cnt[block] += 1
+    return _NONE_BAD, idle[:num_idle]
+
+
+@njit(cache=True, nogil=True)
+def _drop_readers(ref_cnt: Any, null_block: Any, has_hash: Any, block_ids: Any) -> Any:
+    """Counts a reader of each block less.
+
+    Returns:
+        The place of an id that is not held, then nothing is counted, or _NONE_BAD; and the blocks
+        that have no reader any more, in the given order: those without a hash, those with one.
+    """
+    dead, reusable = np.empty_like(block_ids), np.empty_like(block_ids)
+    num_dead = num_reusable = 0
+    for i in range(len(block_ids)):
+        block = block_ids[i]
+        if not null_block < block < len(ref_cnt) or ref_cnt[block] < 1:
+            for counted in block_ids[:i]:
+                ref_cnt[counted] += 1
+            return i, dead[:0], reusable[:0]
+        ref_cnt[block] -= 1
+        if ref_cnt[block] == 0 and has_hash[block]:
+            reusable[num_reusable] = block
+            num_reusable += 1
+        elif ref_cnt[block] == 0:
+            dead[num_dead] = block
+            num_dead += 1
+    return _NONE_BAD, dead[:num_dead], reusable[:num_reusable]

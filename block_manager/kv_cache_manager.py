@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from block_manager.block import KVCacheBlock
 from block_manager.block_hash import BlockHash
 from block_manager.block_pool import BlockPool
 from block_manager.exceptions import IntegrityError
+from block_manager.page_pool import PageIds
 
 
 class KVCacheManager:
@@ -23,7 +22,7 @@ class KVCacheManager:
     def __init__(self, pool: BlockPool, block_tokens: int) -> None:
         self.pool = pool
         self.block_tokens = block_tokens
-        self._held: dict[str, list[KVCacheBlock]] = {}
+        self._held: dict[str, PageIds] = {}
         self._num_cached: dict[str, int] = {}
 
     def allocate(
@@ -42,30 +41,19 @@ class KVCacheManager:
         """
         if request_id in self._held:
             raise IntegrityError(f"request {request_id} already holds blocks")
-        cached = self._cached_prefix(hashes, max_cached_tokens)
+        cached = self.pool.find_cached_prefix(hashes, max_cached_tokens // self.block_tokens)
         num_new = -(-num_tokens // self.block_tokens) - len(cached)
         # Cached blocks that nobody reads are in the free list too and are about to leave it.
-        num_idle = sum(block.ref_cnt == 0 for block in cached)
-        if num_new > self.pool.num_free_blocks - num_idle:
+        if num_new > self.pool.num_free_blocks - self.pool.num_idle(cached):
             return None
         self.pool.touch(cached)
-        self._held[request_id] = cached + self.pool.get_new_blocks(num_new)
+        self._held[request_id] = np.concatenate([cached, self.pool.get_new_blocks(num_new)])
         self._num_cached[request_id] = len(cached)
         return len(cached) * self.block_tokens
 
-    def _cached_prefix(self, hashes: Sequence[BlockHash], max_tokens: int) -> list[KVCacheBlock]:
-        found = []
-        for block_hash in hashes[: max_tokens // self.block_tokens]:
-            block = self.pool.get_cached_block(block_hash)
-            if block is None:
-                break
-            found.append(block)
-        return found
-
-    def block_table(self, request_id: str) -> npt.NDArray[np.int64]:
-        """Pages of a request's history, int64 [blocks], oldest first."""
-        blocks = self._held[request_id]
-        return np.fromiter((block.block_id for block in blocks), np.int64, len(blocks))
+    def block_table(self, request_id: str) -> PageIds:
+        """Pages of a request's history, int64 [blocks], oldest first; not to be written to."""
+        return self._held[request_id]
 
     def cache_blocks(self, request_id: str, hashes: Sequence[BlockHash], num_computed: int) -> None:
         """Makes those full blocks reusable whose rows have all been computed.
@@ -75,12 +63,11 @@ class KVCacheManager:
             hashes: of the full blocks whose K and V are final.
             num_computed: rows computed so far.
         """
-        blocks = self._held[request_id]
         first = self._num_cached[request_id]
         last = min(num_computed // self.block_tokens, len(hashes))
-        for index in range(first, last):
-            self.pool.cache_block(blocks[index], hashes[index])
-        self._num_cached[request_id] = max(first, last)
+        if last > first:
+            self.pool.cache_blocks(self._held[request_id][first:last], hashes[first:last])
+            self._num_cached[request_id] = last
 
     def free(self, request_id: str) -> None:
         """Lets go of a request's blocks, if it holds any; the tail is evicted first."""
@@ -95,13 +82,12 @@ class KVCacheManager:
         Raises:
             IntegrityError: names the block.
         """
-        readers: dict[int, int] = {}
-        for blocks in self._held.values():
-            for block in blocks:
-                readers[block.block_id] = readers.get(block.block_id, 0) + 1
-        for block in self.pool.blocks.values():
-            if not block.is_null and block.ref_cnt != readers.get(block.block_id, 0):
-                raise IntegrityError(
-                    f"KV: block {block.block_id} counts {block.ref_cnt} readers, "
-                    f"requests hold it {readers.get(block.block_id, 0)} times"
-                )
+        pages = self.pool.page_ids()[1:]  # The null block is no request's.
+        held = np.concatenate([*self._held.values(), pages[:0]])
+        readers = np.bincount(held, minlength=len(self.pool.ref_cnt))[pages]
+        counted = self.pool.ref_cnt[pages]
+        for place in np.flatnonzero(counted != readers)[:1]:
+            raise IntegrityError(
+                f"KV: block {pages[place]} counts {counted[place]} readers, "
+                f"requests hold it {readers[place]} times"
+            )

@@ -56,6 +56,15 @@ def test_each_full_block_has_a_hash_and_a_partial_one_has_none(history: Rows) ->
     assert len(hashes_of(history)) == len(history) // BLOCK_TOKENS
 
 
+@settings(deadline=None)
+@given(history=histories)
+def test_hash_is_sha256_of_the_root_and_all_rows_to_the_end_of_the_block(history: Rows) -> None:
+    for number, block_hash in enumerate(hashes_of(history), start=1):
+        covered = history[: number * BLOCK_TOKENS]
+        text = b"".join(x.to_bytes(8, "little", signed=True) for row in covered for x in row)
+        assert block_hash == hashlib.sha256(ROOT + text).digest()
+
+
 def test_history_without_rows_has_no_hash() -> None:
     assert hashes_of([]) == []
 
