@@ -1,1 +1,1 @@
-"""Loaders of public interaction data, for examples, tests and benchmarks; no data is shipped."""
+"""Loaders of public interaction data, and generators of synthetic data."""
