@@ -1,0 +1,1 @@
+"""From public checkpoint layouts to a model directory; see docs/convert.md."""
