@@ -58,15 +58,18 @@ setup(
     install_requires=[
         "torch>=2.10",
         "numpy>=2.0",
+        "numba>=0.60",
         "safetensors>=0.4.3",
         "fastapi>=0.115",
         "uvicorn>=0.30",
         "pydantic>=2.7",
+        "pysimdjson>=6.0",
         "prometheus-client>=0.20",
         "typer>=0.12.4",
         "rich>=13.7",
     ],
     extras_require={
+        "bench": ["mlcommons-loadgen>=5.0"],
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",

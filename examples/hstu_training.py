@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from helm_engine.datasets.ml100k import HeldOutEvent, Int64Array, MovieLens100K, Split
-from model_executor.attention.silu_attention import silu_attention
-from model_executor.checkpoint import load_config, load_dense_weights, map_item_table
+from model_executor.attention.formulas import silu_attention
+from model_executor.checkpoint import load_config, load_dense_weights, map_tables
 from model_executor.layers.hstu_layer import ResearchHSTULayer
 from model_executor.layers.relative_bias import time_buckets
-from model_executor.models.hstu import HSTU
+from model_executor.models.research import ResearchHSTU
 
 INIT_STD = 0.02
 _SCORING_BATCH = 32
@@ -49,7 +49,7 @@ class PaddedBatch:
     """Events of each history, int64 [B]."""
 
 
-def initialise(model: HSTU) -> Tensor:
+def initialise(model: ResearchHSTU) -> Tensor:
     """Fills a new model as the reference does, and returns an item table for it.
 
     Source: meta-recsys/generative-recommenders, research/modeling (hstu.py, initialization.py,
@@ -75,18 +75,24 @@ def initialise(model: HSTU) -> Tensor:
     return items
 
 
-def load_whole(directory: Path) -> tuple[HSTU, Tensor]:
+def load_whole(directory: Path) -> tuple[ResearchHSTU, Tensor]:
     """Dense weights and the whole item table of a model directory, on the CPU.
 
     Serving never does this with a table; training and offline figures may.
     """
     config = load_config(directory)
-    table = torch.from_numpy(np.array(map_item_table(directory, config)))
-    return load_dense_weights(directory, config, torch.device("cpu")), table
+    (table,) = map_tables(directory, config)
+    model = load_dense_weights(directory, config, torch.device("cpu"))
+    assert isinstance(model, ResearchHSTU)
+    return model, torch.from_numpy(np.array(table))
 
 
 def padded_forward(
-    model: HSTU, item_rows: Tensor, timestamps: Tensor, lengths: Tensor, dropout: float = 0.0
+    model: ResearchHSTU,
+    item_rows: Tensor,
+    timestamps: Tensor,
+    lengths: Tensor,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Runs the model over right-padded histories.
 
@@ -106,19 +112,19 @@ def padded_forward(
     present = positions < lengths.unsqueeze(1)
     allowed = (positions <= positions.unsqueeze(1)) & present.unsqueeze(1)
     buckets = time_buckets(timestamps[:, 1:], timestamps[:, :-1], model.time_edges)
-    x = functional.dropout(model.embed(item_rows, positions), dropout, training=dropout > 0.0)
+    x = functional.dropout(model.place(item_rows, positions), dropout, training=dropout > 0.0)
     x = x * present.unsqueeze(-1)
     for layer in _layers(model):
         parts = layer.project(x)
         bias = layer.bias(positions, buckets)
         n = model.config.num_positions
-        attended = silu_attention(parts.q, parts.k, parts.v, bias, allowed, n)
+        attended = silu_attention(parts.q, parts.k, parts.v, allowed, n, bias=bias)
         gated = functional.dropout(layer.gate(parts.u, attended), dropout, training=dropout > 0.0)
-        x = layer.close(x, gated)
-    return model.normalise(x)
+        x = layer.output(gated) + x
+    return model.normalise_user(x)
 
 
-def _layers(model: HSTU) -> list[ResearchHSTULayer]:
+def _layers(model: ResearchHSTU) -> list[ResearchHSTULayer]:
     return [layer for layer in model.layers if isinstance(layer, ResearchHSTULayer)]
 
 
@@ -146,7 +152,7 @@ def pad_histories(
 
 @torch.no_grad()
 def score_histories(
-    model: HSTU,
+    model: ResearchHSTU,
     item_table: Tensor,
     item_ids: Sequence[Int64Array],
     timestamps: Sequence[Int64Array],
@@ -166,7 +172,7 @@ def score_histories(
         float32 [B, num_items]; column j scores item j + 1. Seen items are scored like any other.
     """
     newest = slice(-model.config.max_sequence_len, None)
-    items_transposed = model.normalise(item_table[1:]).T
+    items_transposed = model.normalise_item(item_table[1:]).T
     scores = torch.empty(len(item_ids), model.config.num_items)
     by_length = sorted(range(len(item_ids)), key=lambda row: len(item_ids[row]))
     for start in range(0, len(by_length), _SCORING_BATCH):
@@ -183,7 +189,7 @@ def score_histories(
 
 
 def evaluate(
-    model: HSTU,
+    model: ResearchHSTU,
     item_table: Tensor,
     dataset: MovieLens100K,
     split: Split,
@@ -208,7 +214,7 @@ def evaluate(
     return metrics_of_ranks(ranks_of_targets(scores, events, remove_seen=remove_seen))
 
 
-def score_events(model: HSTU, item_table: Tensor, events: Sequence[HeldOutEvent]) -> Tensor:
+def score_events(model: ResearchHSTU, item_table: Tensor, events: Sequence[HeldOutEvent]) -> Tensor:
     """Scores of every item just before held-out events: float32 [B, num_items]."""
     return score_histories(
         model,

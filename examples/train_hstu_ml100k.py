@@ -1,4 +1,4 @@
-"""Trains the example model: HSTU of the `research` dialect on MovieLens-100K, on a CPU in minutes.
+"""Trains the example model: `research` HSTU on MovieLens-100K, on a CPU in minutes.
 
     python -m examples.train_hstu_ml100k
 
@@ -36,8 +36,8 @@ from examples.hstu_training import (
 )
 from helm_engine.datasets.ml100k import Int64Array, MovieLens100K, load_ml100k
 from model_executor.checkpoint import save_model
-from model_executor.model_config import ModelConfig
-from model_executor.models.hstu import HSTU
+from model_executor.model_config import ITEM_TABLE, ResearchConfig
+from model_executor.models.research import ResearchHSTU
 
 DEFAULT_OUTPUT = Path("examples/models/hstu-ml-100k")
 DEFAULT_RESULT = Path("benchmarks/results/train_hstu_ml100k.json")
@@ -62,9 +62,9 @@ class Recipe:
     """Of the moving average of weights, per step."""
 
 
-def model_config(num_items: int) -> ModelConfig:
+def model_config(num_items: int) -> ResearchConfig:
     """The shape of the reference's MovieLens configuration."""
-    return ModelConfig(
+    return ResearchConfig(
         model_type="hstu",
         dialect="research",
         dtype="float32",
@@ -93,10 +93,10 @@ class Window:
 class Trainee(nn.Module):
     """Everything that is trained: the dense weights and the item table."""
 
-    def __init__(self, config: ModelConfig, recipe: Recipe) -> None:
+    def __init__(self, config: ResearchConfig, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
-        self.model = HSTU(config)
+        self.model = ResearchHSTU(config)
         self.item_table = nn.Parameter(initialise(self.model))
 
     def forward(self, windows: list[Window]) -> Tensor:
@@ -113,7 +113,7 @@ class Trainee(nn.Module):
         targets = torch.from_numpy(np.concatenate([window.item_ids[1:] for window in windows]))
         # Row-major selection puts the rows in the order of the concatenated targets.
         predicting = outputs[batch.item_ids > 0]
-        items = self.model.normalise(self.item_table[1:])
+        items = self.model.normalise_item(self.item_table[1:])
         return functional.cross_entropy(predicting @ items.T / self.recipe.temperature, targets - 1)
 
 
@@ -148,7 +148,7 @@ def batches(
 class Trained:
     """Outcome of a training run."""
 
-    model: HSTU
+    model: ResearchHSTU
     item_table: Tensor
     epoch: int
     """The selected one, from 1."""
@@ -242,7 +242,7 @@ def main() -> None:
     dataset = load_ml100k(arguments.data)
     recipe = Recipe(dropout=arguments.dropout)
     trained = train(dataset, recipe, arguments.epochs, arguments.seed)
-    save_model(arguments.output, trained.model, trained.item_table)
+    save_model(arguments.output, trained.model, {ITEM_TABLE: trained.item_table})
     figures = {
         "data": f"MovieLens-100K: {dataset.num_events} events, {dataset.num_users} users, "
         f"{dataset.num_items} items; last event held out for test, second last for validation",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helm_engine.exceptions import HelmError, InvalidRequestError
+from helm_engine.int_array import parse_json
 from helm_engine.protocol import Recommendation, error_body
 from helm_engine.recommender import Recommender
 
@@ -85,8 +86,8 @@ def _parse_line(number: int, raw: bytes) -> _Line:
         return _Line(custom_id, None, InvalidRequestError(message, field))
 
     try:
-        parsed = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        parsed = parse_json(raw)
+    except ValueError as error:
         return bad(None, "line", f"is not JSON: {error}")
     if not isinstance(parsed, dict):
         return bad(None, "line", "must be a JSON object")

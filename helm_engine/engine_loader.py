@@ -12,16 +12,16 @@ from helm_engine.clock import Clock, SystemClock
 from helm_engine.config import EngineConfig
 from helm_engine.engine_core import EngineCore
 from helm_engine.input_processor import InputProcessor
-from helm_engine.protocol import Candidates, History, RecommendRequest
+from helm_engine.protocol import parse_request
+from helm_engine.sample_request import sample_request
 from helm_engine.scheduler import build_scheduler
 from model_executor.attention.registry import attention_backend
-from model_executor.capabilities import Capabilities, capabilities_of
-from model_executor.checkpoint import load_config, load_dense_weights, map_item_table, model_version
-from model_executor.host_store import HostStore, MemoryMappedTable
+from model_executor.capabilities import Capabilities, StepRules, capabilities_of, step_rules
+from model_executor.checkpoint import load_config, load_dense_weights, map_tables, model_version
+from model_executor.host_store import HostStore, MemoryMappedTables
 from model_executor.memory_ledger import activation_bound
 from model_executor.model_config import ModelConfig
 from model_executor.model_runner import ModelRunner
-from model_executor.page_arena import ELEMENT_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +57,20 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     """
     model_config = load_config(config.model_dir)
     device = _device(config.executor.device)
-    model = load_dense_weights(config.model_dir, model_config, device)
-    table = table or MemoryMappedTable(map_item_table(config.model_dir, model_config))
-    if table.num_rows <= model_config.num_items:
+    dtype = compute_dtype(config.executor.dtype)
+    model = load_dense_weights(config.model_dir, model_config, device).to(dtype)
+    table = table or MemoryMappedTables(map_tables(config.model_dir, model_config))
+    if table.num_rows != model_config.num_rows:
         raise ValueError(
-            f"table: has {table.num_rows} rows, the model needs {model_config.num_items + 1}"
+            f"table: has {table.num_rows} rows, the model needs {model_config.num_rows}"
         )
+    capabilities = capabilities_of(model_config)
+    rules = step_rules(model_config, capabilities)
     layout = plan_layout(
         config.pool,
-        kv_bytes_per_token=model_config.kv_elements_per_token * ELEMENT_BYTES,
-        row_bytes=model_config.embedding_dim * ELEMENT_BYTES,
-        max_sequence_len=model_config.max_sequence_len,
+        kv_bytes_per_token=model_config.kv_elements_per_token * dtype.itemsize,
+        row_bytes=model_config.row_dim * dtype.itemsize,
+        max_sequence_len=model_config.max_context_tokens,
         staging_rows=config.scheduler.max_num_batched_tokens,
     )
     runner = ModelRunner(
@@ -78,29 +81,35 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         device,
         config.executor.max_retrieval_matrix_bytes,
     )
-    capabilities = capabilities_of(model_config)
-    for name, capability in capabilities.describe().items():
-        logger.info("%s: %s, because %s", name, capability["value"], capability["reason"])
     bound = activation_bound(
         model_config,
         config.scheduler.max_num_batched_tokens,
         config.scheduler.max_num_seqs,
         retrieves=runner.retrieval_head is not None,
+        element_bytes=dtype.itemsize,
     )
+    for name, capability in capabilities.describe().items():
+        logger.info("%s: %s, because %s", name, capability["value"], capability["reason"])
     _log_memory(runner, layout, bound)
     processor = InputProcessor(
         model=model_config,
+        capabilities=capabilities,
         model_name=config.model_name,
         model_version=model_version(config.model_dir),
         limits=config.limits,
         block_tokens=layout.block_tokens,
+        max_step_tokens=config.scheduler.max_num_batched_tokens,
         can_retrieve=runner.retrieval_head is not None,
     )
-    _warm_up(config, processor, layout, runner, table.num_rows)
+    _warm_up(config, processor, layout, runner, rules)
     if config.poison_freed_memory:
         runner.arena.poison()
     scheduler = build_scheduler(
-        config.scheduler, layout, table.num_rows, track_dead=config.poison_freed_memory
+        config.scheduler,
+        layout,
+        table.num_rows,
+        rules,
+        track_dead=config.poison_freed_memory,
     )
     return LoadedEngine(
         config=config,
@@ -119,26 +128,35 @@ def _warm_up(
     processor: InputProcessor,
     layout: PoolLayout,
     runner: ModelRunner,
-    num_table_rows: int,
+    rules: StepRules,
 ) -> None:
     """Runs a long history of each kind, so that the first client finds all initialised.
 
     Its books are thrown away: nothing of it is resident or counted afterwards.
     """
     clock = SystemClock()
-    core = EngineCore(build_scheduler(config.scheduler, layout, num_table_rows), runner, clock)
-    longest = min(runner.model.config.max_sequence_len, config.scheduler.max_num_batched_tokens)
-    times = list(range(min(longest, config.limits.max_history_events)))
-    history = History(item_ids=[1] * len(times), timestamps=times)
-    bodies = [RecommendRequest(history=history, candidates=Candidates(item_ids=[1]))]
-    if runner.retrieval_head is not None:
-        bodies.append(RecommendRequest(history=history, top_k=1))
-    for number, body in enumerate(bodies):
-        request = processor.process(body, f"warm-up-{number}", clock.now()).request
+    model = runner.model.config
+    core = EngineCore(
+        build_scheduler(config.scheduler, layout, model.num_rows, rules), runner, clock
+    )
+    step_events = max(1, config.scheduler.max_num_batched_tokens // model.tokens_per_event)
+    number = min(model.max_sequence_len, step_events, config.limits.max_history_events)
+    if not rules.chunkable:
+        number = max(1, number - model.num_contextual_tokens)
+    items, times = [model.first_item_id] * number, list(range(number))
+    kinds = [items[:1], None] if runner.retrieval_head is not None else [items[:1]]
+    bodies = [parse_request(sample_request(model, items, times, kind)) for kind in kinds]
+    for place, body in enumerate(bodies):
+        request = processor.process(body, f"warm-up-{place}", clock.now()).request
         core.add_request(request)
         core.run_until_idle()
         if request.error is not None:
             raise request.error
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name that `ExecutorConfig` accepts."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def _device(name: str) -> torch.device:

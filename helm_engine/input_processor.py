@@ -1,9 +1,9 @@
-"""From a client's request to the arrays the engine works on; every limit is checked here."""
+"""From a client's request to the tokens the engine works on; every limit is checked here."""
 
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,14 @@ import numpy.typing as npt
 from block_manager.block_hash import BlockHash, hash_blocks, root_hash, user_digest
 from helm_engine.config import RequestLimits
 from helm_engine.exceptions import InvalidRequestError, ModelNotFoundError
-from helm_engine.protocol import Candidates, History, RecommendRequest
+from helm_engine.feature_reader import FeatureReader
+from helm_engine.history_window import HistoryWindow, window_of
+from helm_engine.protocol import Candidates, RecommendRequest
 from helm_engine.request import Request, ReuseBlocked
-from model_executor.model_config import ModelConfig
+from model_executor.capabilities import Capabilities
+from model_executor.inputs.features import TokenSequence
+from model_executor.model_config import ModelConfig, RankingConfig, StuConfig
+from model_executor.models.registry import build_inputs
 from model_executor.step import Int64Array
 
 DEFAULT_RETRIEVED = 10
@@ -32,28 +37,40 @@ class PreparedRequest:
     """Where each one's score stands among the distinct candidates of the engine request."""
     excluded: npt.NDArray[np.bool_]
     """Candidates that must not be answered with."""
+    task_names: tuple[str, ...] = ()
+    """Of the scores' columns; none where items are scored by inner product."""
+    rank_task: int = 0
+    """Column that items are ranked by."""
 
 
 class InputProcessor:
-    """Validates requests against one model and its limits, and hashes their histories."""
+    """Validates requests against one model and its limits, and hashes their contexts."""
 
     def __init__(
         self,
         model: ModelConfig,
+        capabilities: Capabilities,
         model_name: str,
         model_version: str,
         limits: RequestLimits,
         block_tokens: int,
+        max_step_tokens: int,
         can_retrieve: bool,
     ) -> None:
         self._model = model
+        self._capabilities = capabilities
         self._model_name = model_name
         self._model_version = model_version
         self._limits = limits
         self._block_tokens = block_tokens
+        self._max_step_tokens = max_step_tokens
         self._can_retrieve = can_retrieve
+        self._features = FeatureReader(model)
+        self._inputs = build_inputs(model)
         # Chains are compared within this process alone, so no one else needs the key.
         self._user_key = secrets.token_bytes(32)
+        self._task_names = tuple(task.name for task in model.task_list)
+        self._rank_task = model.rank_task if isinstance(model, RankingConfig) else 0
 
     def process(self, body: RecommendRequest, request_id: str, now: float) -> PreparedRequest:
         """Makes an engine request.
@@ -71,28 +88,26 @@ class InputProcessor:
             raise ModelNotFoundError(
                 f"model: {body.model!r} is not served here; {self._model_name!r} is", "model"
             )
-        if body.context:
-            raise InvalidRequestError("context: this model takes no contextual features", "context")
-        sent_ids, times = self._history(body.history, body.request_time)
-        top_k = self._top_k(body)
-        candidate_ids = self._candidates(body.candidates)
-        distinct, place = np.unique(candidate_ids, return_inverse=True)
-        kept = min(len(sent_ids), self._model.max_sequence_len)
-        item_ids, event_times = sent_ids[-kept:], times[-kept - 1 :]
-        excluded = sent_ids if body.exclude_history else sent_ids[:0]
+        self._check_sizes(body)
+        window = window_of(self._model, len(body.history.item_ids), body.history.start_index)
+        tokens = self._inputs.assemble(self._features.read(body, window))
+        self._check_step(tokens)
+        candidate_ids = tokens.candidate_rows
+        tokens, place = self._merge_duplicates(tokens)
         retrieving = body.candidates is None
+        top_k = self._top_k(body)
+        sent = body.history.item_ids
+        excluded = np.unique(sent) if body.exclude_history else sent[:0]
         request = Request(
             request_id=request_id,
-            item_ids=item_ids,
-            event_times=event_times,
-            candidate_ids=distinct,
+            tokens=tokens,
             top_k=top_k if retrieving else 0,
-            excluded_ids=np.unique(excluded) if retrieving else excluded[:0],
-            block_hashes=self._hashes(body.user, item_ids, event_times),
+            excluded_ids=excluded if retrieving else excluded[:0],
+            block_hashes=self._hashes(body.user, tokens),
             arrival=now,
             deadline=float("inf") if body.deadline_ms is None else now + body.deadline_ms / 1e3,
             priority=body.priority,
-            reuse_hindrance=self._reuse_hindrance(body, kept),
+            reuse_hindrance=self._reuse_hindrance(body.user, window, tokens),
         )
         return PreparedRequest(
             request=request,
@@ -100,68 +115,63 @@ class InputProcessor:
             candidate_ids=candidate_ids,
             place_of_candidate=place,
             excluded=np.isin(candidate_ids, excluded),
+            task_names=self._task_names,
+            rank_task=self._rank_task,
         )
 
-    def _history(self, history: History, request_time: int | None) -> tuple[Int64Array, Int64Array]:
-        """Item ids [n], and their times followed by the request's [n + 1]."""
-        limit = self._limits.max_history_events
-        if not history.item_ids:
+    def _check_sizes(self, body: RecommendRequest) -> None:
+        number, limit = len(body.history.item_ids), self._limits.max_history_events
+        if not number:
             raise InvalidRequestError(
                 "history.item_ids: must hold at least one event", "history.item_ids"
             )
-        if len(history.item_ids) > limit:
+        if number > limit:
             raise InvalidRequestError(
-                f"history.item_ids: holds {len(history.item_ids)} events, the limit is {limit}",
+                f"history.item_ids: holds {number} events, the limit is {limit}",
                 "history.item_ids",
             )
-        _check_lengths("history", history.lengths())
-        item_ids = self._known_items("history.item_ids", history.item_ids)
-        if history.timestamps is None:
-            raise InvalidRequestError(
-                "history.timestamps: required, this model uses times", "history.timestamps"
-            )
-        times = np.array(history.timestamps, dtype=np.int64)
-        backwards = np.flatnonzero(times[1:] < times[:-1])
-        if len(backwards):
-            place = f"history.timestamps[{backwards[0] + 1}]"
-            raise InvalidRequestError(
-                f"{place}: is earlier than the event before it; events go oldest first", place
-            )
-        asked_at = int(times[-1]) if request_time is None else request_time
-        if asked_at < times[-1]:
-            raise InvalidRequestError(
-                f"request_time: {asked_at} is before the last event at {times[-1]}",
-                "request_time",
-            )
-        return item_ids, np.append(times, asked_at)
+        self._check_candidates(body.candidates)
 
-    def _candidates(self, candidates: Candidates | None) -> Int64Array:
+    def _check_candidates(self, candidates: Candidates | None) -> None:
         if candidates is None:
             if not self._can_retrieve:
                 raise InvalidRequestError(
                     "candidates: required, this engine serves no retrieval", "candidates"
                 )
-            return np.empty(0, dtype=np.int64)
+            return
         number, limit = len(candidates.item_ids), self._limits.max_candidates
+        if isinstance(self._model, StuConfig):
+            limit = min(limit, self._model.max_candidates)
         if not 1 <= number <= limit:
             raise InvalidRequestError(
                 f"candidates.item_ids: holds {number} items, must hold 1 to {limit}",
                 "candidates.item_ids",
             )
-        _check_lengths("candidates", candidates.lengths())
-        return self._known_items("candidates.item_ids", candidates.item_ids)
 
-    def _known_items(self, field: str, sent: list[int]) -> Int64Array:
-        item_ids = np.array(sent, dtype=np.int64)
-        unknown = np.flatnonzero((item_ids < 1) | (item_ids > self._model.num_items))
-        if len(unknown):
-            place = f"{field}[{unknown[0]}]"
+    def _check_step(self, tokens: TokenSequence) -> None:
+        """A context that cannot be chunked must fit into one step."""
+        number, limit = len(tokens.rows), self._max_step_tokens
+        if not self._capabilities.chunkable.value and number > limit:
             raise InvalidRequestError(
-                f"{place}: unknown item {item_ids[unknown[0]]}; "
-                f"this model knows 1 to {self._model.num_items}",
-                place,
+                f"history.item_ids: makes a context of {number} tokens; this model computes a "
+                f"context in one step, whose limit is {limit} tokens (max_num_batched_tokens)",
+                "history.item_ids",
             )
-        return item_ids
+
+    def _merge_duplicates(self, tokens: TokenSequence) -> tuple[TokenSequence, Int64Array]:
+        """Equal candidates become one, so that they are scored alike; and where each went.
+
+        Candidates of a group read one another and stay as they are.
+        """
+        rows, features = tokens.candidate_rows, tokens.candidate_features
+        everyone = np.arange(len(rows))
+        if self._model.candidate_group_size > 1 or len(np.unique(rows)) == len(rows):
+            return tokens, everyone
+        _, first, place = np.unique(
+            np.column_stack([rows, features]), axis=0, return_index=True, return_inverse=True
+        )
+        merged = replace(tokens, candidate_rows=rows[first], candidate_features=features[first])
+        return merged, place.reshape(-1)
 
     def _top_k(self, body: RecommendRequest) -> int:
         limit = self._limits.max_top_k
@@ -173,34 +183,25 @@ class InputProcessor:
             raise InvalidRequestError(f"top_k: {body.top_k} is above the limit {limit}", "top_k")
         return body.top_k
 
-    def _hashes(
-        self, user: str | None, item_ids: Int64Array, event_times: Int64Array
-    ) -> list[BlockHash]:
-        """Hashes of the full blocks whose rows are final.
+    def _hashes(self, user: str | None, tokens: TokenSequence) -> list[BlockHash]:
+        """Hashes of the full blocks whose K and V are final.
 
-        A row's K and V depend on the time of the event after it, so the last row, which is
-        followed by the request and not by an event, is final only when the next event is known.
+        They cover every input of their tokens. Where a context reads ahead, a prefix has no K and
+        V of its own, and nothing is hashed.
         """
-        if user is None:
+        if user is None or not self._capabilities.chunkable.value:
             return []
         root = root_hash(self._model_version, user_digest(user, self._user_key))
-        features = np.stack([item_ids, event_times[:-1], event_times[1:]], axis=1)
-        return hash_blocks(root, features[:-1], self._block_tokens)
+        return hash_blocks(root, tokens.hash_inputs(), self._block_tokens)
 
-    def _reuse_hindrance(self, body: RecommendRequest, kept: int) -> ReuseBlocked | None:
-        if body.user is None:
+    def _reuse_hindrance(
+        self, user: str | None, window: HistoryWindow, tokens: TokenSequence
+    ) -> ReuseBlocked | None:
+        if user is None:
             return ReuseBlocked.NO_USER
-        shifted = body.history.start_index or kept < len(body.history.item_ids)
-        if shifted and kept > self._block_tokens:  # Shorter ones fill no block to be reused.
+        if not self._capabilities.cross_request_reuse.value:
+            return ReuseBlocked.MODEL
+        # Shorter contexts fill no block that could be reused.
+        if window.begins_later and len(tokens.rows) > self._block_tokens:
             return ReuseBlocked.WINDOW_SHIFTED
         return None
-
-
-def _check_lengths(group: str, lengths: dict[str, int]) -> None:
-    expected = lengths["item_ids"]
-    for name, length in lengths.items():
-        if length != expected:
-            field = f"{group}.{name}"
-            raise InvalidRequestError(
-                f"{field}: has {length} values, {group}.item_ids has {expected}", field
-            )

@@ -6,37 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    ValidationError,
-)
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from helm_engine.exceptions import HelmError, InvalidRequestError
+from helm_engine.int_array import MAX_INTEGER, IntArray, parse_json
 
-MAX_INTEGER = 2**53 - 1
-"""What JSON carries exactly everywhere; sums and differences of such numbers fit an int64."""
-
-ItemId = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
-"""Any number that fits; which items exist is for the model to say."""
 Seconds = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
 
 
-def _plain_list(value: object) -> object:
-    """Tuples and NumPy arrays as lists: what Python callers have at hand."""
+def _as_array(value: object) -> object:
+    """A list or an array as it is; a tuple as a list."""
+    if isinstance(value, np.ndarray | list):
+        return value
     if isinstance(value, tuple):
         return list(value)
-    to_list = getattr(value, "tolist", None)
-    return value if to_list is None else to_list()
+    raise ValueError("must be an array")
 
 
-PlainList = BeforeValidator(_plain_list)
-
-# Only the first error is told: collecting one for each of a million elements takes minutes.
-FirstError = FailFast()
+ParallelArray = Annotated[Any, BeforeValidator(_as_array)]
+"""Of whatever type; the model that reads it says which."""
 
 
 class _Strict(BaseModel):
@@ -44,27 +33,23 @@ class _Strict(BaseModel):
 
 
 class _Events(_Strict):
-    """Parallel arrays; features that the model does not know are checked for length only."""
+    """Parallel arrays; further ones that the model does not read are checked for length only."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, list[Any]] = Field(init=False)
+    __pydantic_extra__: dict[str, ParallelArray] = Field(init=False)
 
-    item_ids: Annotated[list[ItemId], FirstError, PlainList] = Field(
-        description="Item ids as the model knows them."
-    )
-    actions: Annotated[list[int] | None, FirstError, PlainList] = Field(
-        default=None, description="What the user did, one per item."
-    )
+    item_ids: IntArray = Field(description="Item ids as the model knows them.")
+    actions: IntArray | None = Field(default=None, description="What the user did, one per item.")
 
     def lengths(self) -> dict[str, int]:
         """Length of every array that was sent, by name."""
-        return {name: len(values) for name, values in self if isinstance(values, list)}
+        return {name: len(values) for name, values in self if isinstance(values, list | np.ndarray)}
 
 
 class History(_Events):
     """The user's past events, oldest first."""
 
-    timestamps: Annotated[list[Seconds] | None, FirstError, PlainList] = Field(
+    timestamps: IntArray | None = Field(
         default=None,
         description="Whole seconds, non-decreasing; required where the model uses times.",
     )
@@ -144,7 +129,7 @@ class Usage(BaseModel):
     """What the request took and what the caches spared."""
 
     history_tokens: int
-    """Events that the model read."""
+    """Tokens of the context: contextual ones and those of the events that the model read."""
     cached_tokens: int
     """Those whose K and V were reused."""
     reuse_blocked: str | None
@@ -204,6 +189,9 @@ def invalid_request(errors: Sequence[Any]) -> InvalidRequestError:
     """The first of pydantic's errors as an error for the client."""
     first = errors[0]
     path = field_path([part for part in first["loc"] if part != "body"]) or "body"
+    index = first.get("ctx", {}).get("index")
+    if index is not None:
+        path += f"[{index}]"
     message = first["msg"]
     if first["type"] == "json_invalid":
         path, message = "body", f"is not JSON: {first.get('ctx', {}).get('error', message)}"
@@ -226,3 +214,21 @@ def parse_request(raw: object) -> RecommendRequest:
         return RecommendRequest.model_validate(raw)
     except ValidationError as error:
         raise invalid_request(error.errors(include_url=False)) from error
+
+
+def decode_request(raw: bytes) -> RecommendRequest:
+    """Parses and validates one JSON body.
+
+    Raises:
+        InvalidRequestError: names the field, or says that the body is not JSON.
+    """
+    try:
+        parsed = parse_json(raw)
+    except ValueError as error:
+        raise InvalidRequestError(f"body: is not JSON: {error}", "body") from error
+    return parse_request(parsed)
+
+
+def encode_recommendation(answer: Recommendation) -> bytes:
+    """An answer as JSON."""
+    return answer.model_dump_json().encode()

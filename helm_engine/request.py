@@ -9,6 +9,7 @@ import numpy as np
 
 from block_manager.block_hash import BlockHash
 from helm_engine.exceptions import HelmError
+from model_executor.inputs.features import TokenSequence
 from model_executor.step import Float32Array, Int64Array, StepTimings
 
 
@@ -18,8 +19,10 @@ class ReuseBlocked(StrEnum):
     NO_USER = "no_user"
     """The request names no user, and KV is never shared between users."""
     WINDOW_SHIFTED = "window_shifted"
-    """Older events are missing or were cut, so every position moved; only the very same window
-    would have met its KV again."""
+    """Older events are missing or were cut, so every position moved; only a window that begins
+    at the same event would have met its KV again."""
+    MODEL = "model"
+    """The model's K and V depend on more than a history's beginning; `/v1/models` says why."""
 
 
 class RequestStatus(Enum):
@@ -36,12 +39,8 @@ class Request:
     """What the scheduler works on. The first group never changes after construction."""
 
     request_id: str
-    item_ids: Int64Array
-    """History as the model reads it, oldest first, [rows]; an item's id is its table row."""
-    event_times: Int64Array
-    """Seconds of each event, then of the request: [rows + 1]."""
-    candidate_ids: Int64Array
-    """Distinct items to score; empty when retrieving."""
+    tokens: TokenSequence
+    """Context and candidates as the model reads them; without candidates items are retrieved."""
     top_k: int
     """Items to retrieve; not used for candidates."""
     excluded_ids: Int64Array
@@ -59,40 +58,48 @@ class Request:
 
     status: RequestStatus = RequestStatus.WAITING
     num_computed: int = 0
-    """History rows whose K and V are in pages."""
+    """Context tokens whose K and V are in pages."""
     num_scored: int = 0
     """Candidates scored so far."""
     cached_tokens: int = 0
     rows_requested: int = 0
     rows_resident: int = 0
-    scores: Float32Array = field(init=False)
-    """Of the candidates, in the order of `candidate_ids`."""
+    scores: Float32Array | None = None
+    """Of the candidates scored so far, [candidates, tasks]."""
     retrieved: tuple[Int64Array, Float32Array] | None = None
     first_scheduled: float | None = None
     finished_at: float = 0.0
     timings_ms: StepTimings = field(default_factory=lambda: StepTimings(0.0, 0.0, 0.0))
     error: HelmError | None = None
 
-    def __post_init__(self) -> None:
-        """Makes room for the scores."""
-        self.scores = np.zeros(len(self.candidate_ids), dtype=np.float32)
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the context."""
+        return len(self.tokens.rows)
 
     @property
-    def num_rows(self) -> int:
-        """Rows of the history."""
-        return len(self.item_ids)
+    def num_candidates(self) -> int:
+        """Candidates to score."""
+        return len(self.tokens.candidate_rows)
 
     @property
     def is_retrieval(self) -> bool:
         """Whether the whole catalogue is scored."""
-        return len(self.candidate_ids) == 0
+        return self.num_candidates == 0
+
+    def take_scores(self, scores: Float32Array) -> None:
+        """Takes over the scores of the next candidates, [n, tasks]."""
+        if self.scores is None:
+            self.scores = np.zeros((self.num_candidates, scores.shape[1]), dtype=np.float32)
+        self.scores[self.num_scored : self.num_scored + len(scores)] = scores
+        self.num_scored += len(scores)
 
     @property
     def is_done(self) -> bool:
         """Whether everything that was asked for is computed."""
         if self.is_retrieval:
             return self.retrieved is not None
-        return self.num_scored == len(self.candidate_ids)
+        return self.num_scored == self.num_candidates
 
     @property
     def has_ended(self) -> bool:

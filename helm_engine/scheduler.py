@@ -1,8 +1,9 @@
 """Which requests run in the next step, and with how many tokens.
 
-Continuous batching under a token budget, earliest deadline first. A token is one history row or
-one candidate. Long histories are prefilled in chunks and candidates are scored in micro-batches;
-the last row of a history is never cached, so each micro-batch recomputes that one row.
+Continuous batching under a token budget, earliest deadline first. A token is one row of a context
+or one candidate. Long contexts are prefilled in chunks and candidates are scored in micro-batches,
+as far as the model allows (`StepRules`). Where candidates are scored with the context's last row,
+that row is never cached and each micro-batch recomputes it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from helm_engine.config import SchedulerConfig
 from helm_engine.exceptions import DeadlineExceededError, HelmError, QueueFullError
 from helm_engine.request import Request, RequestStatus
 from helm_engine.request_queue import QueueKey, RequestQueue
+from model_executor.capabilities import StepRules
 from model_executor.step import (
+    NO_ROW,
     CandidateScoring,
     Int64Array,
     ModelOutput,
@@ -51,7 +54,7 @@ class SchedulerStats:
     steps: int = 0
     """Steps planned."""
     prefix_queries: int = 0
-    """History rows of admitted requests."""
+    """Context tokens of admitted requests."""
     prefix_hits: int = 0
     """Those whose K and V were reused."""
     row_queries: int = 0
@@ -71,11 +74,11 @@ class _Share:
 
     @property
     def row_ids(self) -> Int64Array:
-        """Table rows of the share: history rows, then candidates."""
-        request = self.request
-        rows = request.item_ids[self.start : self.start + self.num_rows]
-        first = request.num_scored
-        return np.concatenate([rows, request.candidate_ids[first : first + self.num_candidates]])
+        """Pool rows of the share, NO_ROW where a token takes none: context, then candidates."""
+        tokens, first = self.request.tokens, self.request.num_scored
+        rows = tokens.rows[self.start : self.start + self.num_rows]
+        candidates = tokens.candidate_rows[first : first + self.num_candidates]
+        return np.concatenate([rows, candidates])
 
 
 class Scheduler:
@@ -87,8 +90,20 @@ class Scheduler:
         pool: PagePool,
         kv: KVCacheManager,
         emb: EmbeddingCache,
+        rules: StepRules,
     ) -> None:
+        """Takes both tenants and the model's rules.
+
+        Raises:
+            ValueError: a step has no room for the least that the model needs.
+        """
+        if config.max_num_batched_tokens < rules.min_tokens:
+            raise ValueError(
+                f"max_num_batched_tokens: must be at least {rules.min_tokens} for this model, "
+                f"not {config.max_num_batched_tokens}"
+            )
         self.config = config
+        self.rules = rules
         self.pool = pool
         self.kv = kv
         self.emb = emb
@@ -209,32 +224,40 @@ class Scheduler:
         cached = self.kv.allocate(
             request.request_id,
             request.block_hashes,
-            num_tokens=request.num_rows,
-            max_cached_tokens=request.num_rows - 1,
+            num_tokens=request.num_tokens,
+            max_cached_tokens=request.num_tokens - self.rules.recomputes_last_row,
         )
         if cached is None:
             return False
         request.status = RequestStatus.RUNNING
         request.first_scheduled = now
         request.num_computed = request.cached_tokens = cached
-        needed = np.unique(np.concatenate([request.item_ids[cached:], request.candidate_ids]))
+        tokens = request.tokens
+        rows = np.concatenate([tokens.rows[cached:], tokens.candidate_rows])
+        needed = np.unique(rows[rows != NO_ROW])
         request.rows_requested = len(needed)
         request.rows_resident = int(np.sum(self.emb.lookup(needed) != NOWHERE))
         self._waiting.remove(key)
         self._running.add(key, request)
-        self.stats.prefix_queries += request.num_rows
+        self.stats.prefix_queries += request.num_tokens
         self.stats.prefix_hits += cached
         return True
 
     def _share_of(self, request: Request, budget: int) -> _Share | None:
-        start = min(request.num_computed, request.num_rows - 1)
-        num_rows = min(request.num_rows - start, budget)
+        """What a request gets of the budget; None when that would bring it nothing."""
+        rules, length = self.rules, request.num_tokens
+        start = min(request.num_computed, length - rules.recomputes_last_row)
+        num_rows = min(length - start, budget)
+        reaches_end = start + num_rows == length
+        if not reaches_end and not rules.chunkable:
+            return None  # It is first in line for a whole step's budget in time.
         num_candidates = 0
-        if start + num_rows == request.num_rows:
-            remaining = len(request.candidate_ids) - request.num_scored
+        if reaches_end:
+            remaining = request.num_candidates - request.num_scored
             num_candidates = min(remaining, budget - num_rows)
-        prefilled = request.num_computed == request.num_rows
-        if prefilled and not request.is_retrieval and num_candidates == 0:
+            if num_candidates < remaining:
+                num_candidates -= num_candidates % rules.microbatch_unit
+        if request.num_computed == length and not request.is_retrieval and num_candidates == 0:
             return None  # Recomputing the last row alone would bring nothing.
         return _Share(request, start, num_rows, num_candidates)
 
@@ -244,6 +267,9 @@ class Scheduler:
             return_inverse=True,
             return_counts=True,
         )
+        if len(row_ids) and row_ids[0] == NO_ROW:
+            # It sorts first: without it, the place of NO_ROW in the plan is NO_ROW.
+            row_ids, times, inverse = row_ids[1:], times[1:], inverse - 1
         plan = self.emb.plan(row_ids, times)
         self.stats.row_queries += len(row_ids)
         self.stats.row_hits += int(plan.resident.sum())
@@ -262,15 +288,17 @@ class Scheduler:
         table = self.kv.block_table(request.request_id)
         task: CandidateScoring | Retrieval | None = None
         if share.num_candidates:
-            task = CandidateScoring(row_index[share.num_rows :])
-        elif request.is_retrieval and end == request.num_rows:
+            first = request.num_scored
+            features = request.tokens.candidate_features[first : first + share.num_candidates]
+            task = CandidateScoring(row_index[share.num_rows :], features)
+        elif request.is_retrieval and end == request.num_tokens:
             task = Retrieval(request.top_k, request.excluded_ids)
         return ScheduledRequest(
             request_id=request.request_id,
             start=share.start,
             row_index=row_index[: share.num_rows],
             block_table=table[: -(-end // self.kv.block_tokens)],
-            event_times=request.event_times[: end + 1],
+            features=request.tokens.features[:end],
             task=task,
         )
 
@@ -297,9 +325,7 @@ class Scheduler:
         request.num_computed = scheduled.start + scheduled.num_rows
         self.kv.cache_blocks(request.request_id, request.block_hashes, request.num_computed)
         if isinstance(scheduled.task, CandidateScoring):
-            scores = output.candidate_scores[request.request_id]
-            request.scores[request.num_scored : request.num_scored + len(scores)] = scores
-            request.num_scored += len(scores)
+            request.take_scores(output.candidate_scores[request.request_id])
         elif isinstance(scheduled.task, Retrieval):
             request.retrieved = output.retrieved[request.request_id]
 
@@ -317,8 +343,7 @@ class Scheduler:
         Raises:
             IntegrityError: says what is still held.
         """
-        pool = self.kv.pool
-        held = len(pool.blocks) - 1 - pool.num_free_blocks
+        held = self.kv.pool.num_held_blocks
         if held:
             raise IntegrityError(f"KV: {held} blocks are held though no request is there")
         if not self.emb.is_settled:
@@ -335,7 +360,11 @@ class Scheduler:
 
 
 def build_scheduler(
-    config: SchedulerConfig, layout: PoolLayout, num_table_rows: int, track_dead: bool = False
+    config: SchedulerConfig,
+    layout: PoolLayout,
+    num_table_rows: int,
+    rules: StepRules,
+    track_dead: bool = False,
 ) -> Scheduler:
     """Builds the pool's books and the scheduler over them."""
     pool = PagePool(layout)
@@ -345,4 +374,5 @@ def build_scheduler(
         pool,
         KVCacheManager(blocks, layout.block_tokens),
         EmbeddingCache(pool.pages_of(Tenant.EMB), layout.rows_per_page, num_table_rows, track_dead),
+        rules,
     )

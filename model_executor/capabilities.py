@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from model_executor.model_config import ModelConfig
+from model_executor.model_config import ModelConfig, NvidiaConfig, ResearchConfig, StuConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +18,13 @@ class Capability:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """Computed for a model, not for a dialect.
-
-    The scheduler relies on all three: a model that lacks one cannot be served yet.
-    """
+    """Computed for a model, not for a dialect; the scheduler obeys all three."""
 
     cross_request_reuse: Capability
-    """K and V of a history's prefix may serve a later request."""
+    """K and V of a history's prefix may serve a later request with a longer history."""
     chunkable: Capability
-    """A history may be prefilled over several steps."""
+    """A context may be prefilled over several steps; where it may not, a prefix of it has no K
+    and V of its own and nothing is kept for reuse."""
     microbatch_unit: Capability
     """Candidates may be split at multiples of this."""
 
@@ -39,17 +37,93 @@ class Capabilities:
         }
 
 
-def capabilities_of(config: ModelConfig) -> Capabilities:
-    """Capabilities of a `research` model."""
-    return Capabilities(
-        cross_request_reuse=Capability(
-            True,
-            "positions count from the oldest event sent and n is the constant "
-            f"{config.num_positions}: all rows but the last depend on earlier events and on the "
-            "next event's time alone, which the block hashes cover",
-        ),
-        chunkable=Capability(True, "attention is causal, so no row reads a later one"),
-        microbatch_unit=Capability(
-            1, "a candidate is scored by an inner product that involves no other candidate"
-        ),
+@dataclass(frozen=True, slots=True)
+class StepRules:
+    """What the scheduler obeys when it cuts a request into steps."""
+
+    chunkable: bool = True
+    """A context may come in several chunks."""
+    microbatch_unit: int = 1
+    """Candidates are split at multiples of this."""
+    recomputes_last_row: bool = True
+    """The context's last row is what candidates are scored with: each step that scores computes
+    it, and it is never taken from the cache."""
+
+    @property
+    def min_tokens(self) -> int:
+        """Tokens that a step must have room for."""
+        return self.microbatch_unit + self.recomputes_last_row
+
+
+def step_rules(config: ModelConfig, capabilities: Capabilities) -> StepRules:
+    """The rules of a model."""
+    return StepRules(
+        chunkable=bool(capabilities.chunkable.value),
+        microbatch_unit=capabilities.microbatch_unit.value,
+        recomputes_last_row=not config.candidates_in_sequence,
     )
+
+
+def capabilities_of(config: ModelConfig) -> Capabilities:
+    """Capabilities of a model."""
+    return Capabilities(_reuse(config), _chunks(config), _micro_batches(config))
+
+
+def _context_reads_ahead(config: ModelConfig) -> bool:
+    """Whether contextual rows that read the whole history reach its rows' K and V.
+
+    K and V of the first layer are projections of the inputs. Those of the second layer's
+    contextual rows hold the whole history, and every later row reads them.
+    """
+    opens = isinstance(config, NvidiaConfig) or (
+        isinstance(config, StuConfig) and config.contextual_rows_see_history
+    )
+    return opens and config.num_contextual_tokens > 0 and config.num_layers > 1
+
+
+_READS_AHEAD = (
+    "contextual rows read the whole history, and from the second layer on all rows read them: "
+    "K and V of every row depend on the newest event"
+)
+
+
+def _reuse(config: ModelConfig) -> Capability:
+    if _context_reads_ahead(config):
+        return Capability(False, _READS_AHEAD)
+    if isinstance(config, StuConfig):
+        return Capability(
+            False,
+            "positions count from the newest event and times from the request, so the inputs of "
+            "all rows change when the history grows; within a request, and for the same history "
+            "at the same request time, K and V are reused",
+        )
+    if isinstance(config, ResearchConfig):
+        return Capability(
+            True,
+            "positions count from the oldest event read and n is the constant "
+            f"{config.normaliser}: all rows but the last depend on earlier events and on the "
+            "next event's time alone, which the block hashes cover",
+        )
+    return Capability(
+        True,
+        "positions count from the oldest event read and attention is causal with no factor that "
+        "follows the batch: a row depends on the tokens before it alone, which the block hashes "
+        "cover",
+    )
+
+
+def _chunks(config: ModelConfig) -> Capability:
+    if _context_reads_ahead(config):
+        return Capability(False, _READS_AHEAD)
+    return Capability(True, "attention is causal, so no row's K and V depend on a later one")
+
+
+def _micro_batches(config: ModelConfig) -> Capability:
+    if not config.candidates_in_sequence:
+        return Capability(
+            1, "a candidate is scored by an inner product that involves no other candidate"
+        )
+    unit = config.candidate_group_size
+    if unit == 1:
+        return Capability(1, "a candidate reads the context and itself, no other candidate")
+    return Capability(unit, f"a candidate reads the ones before it in its group of {unit}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model_executor.exceptions import ModelDirectoryError
-from model_executor.layers.relative_bias import time_bucket_edges
-from model_executor.model_config import ModelConfig, read_model_config
-from model_executor.models.hstu import HSTU
+from model_executor.model_config import ModelConfig, RowTable, read_model_config
+from model_executor.models.registry import build_model
+from model_executor.models.sequence_model import SequenceModel
 
 CONFIG_FILE = "config.json"
 DENSE_FILE = "model.safetensors"
 TABLES_FILE = "tables.safetensors"
-ITEM_TABLE = "item_embedding"
 
 _HEADER_LENGTH_BYTES = 8
 
@@ -43,7 +44,7 @@ def load_config(directory: Path) -> ModelConfig:
     return read_model_config(directory / CONFIG_FILE)
 
 
-def load_dense_weights(directory: Path, config: ModelConfig, device: torch.device) -> HSTU:
+def load_dense_weights(directory: Path, config: ModelConfig, device: torch.device) -> SequenceModel:
     """Builds the model and fills it from `model.safetensors`.
 
     Raises:
@@ -53,7 +54,7 @@ def load_dense_weights(directory: Path, config: ModelConfig, device: torch.devic
     path = directory / DENSE_FILE
     with torch.device("meta"):
         # Nothing is allocated before the file has been held against the config.
-        model = HSTU(config)
+        model = build_model(config)
     wanted = model.state_dict()
     found = _read_tensors(path)
     for name in sorted(wanted.keys() - found.keys()):
@@ -63,7 +64,6 @@ def load_dense_weights(directory: Path, config: ModelConfig, device: torch.devic
     for name, tensor in found.items():
         _check_tensor(path, name, tensor, wanted[name])
     model.load_state_dict(found, assign=True)
-    model.time_edges = time_bucket_edges(config.num_time_buckets)  # In no file: recomputed.
     return model.to(device).requires_grad_(False).eval()
 
 
@@ -89,29 +89,39 @@ def _check_tensor(path: Path, name: str, found: Tensor, wanted: Tensor) -> None:
         raise ModelDirectoryError(f"{path}: tensor {name!r} holds values that are not finite")
 
 
-def map_item_table(directory: Path, config: ModelConfig) -> npt.NDArray[np.float32]:
-    """Memory-maps the item table, float32 [num_items + 1, D]; row 0 is padding.
+def map_tables(directory: Path, config: ModelConfig) -> list[npt.NDArray[np.float32]]:
+    """Memory-maps the pooled tables, float32 [num_rows, row_dim] each, in the config's order.
 
     safetensors reads slices, not scattered rows, so the file's own layout (an 8-byte header
-    length, a JSON header, then the tensors' bytes) is used to map the one tensor.
+    length, a JSON header, then the tensors' bytes) is used to map single tensors.
 
     Raises:
-        ModelDirectoryError: the file is damaged, or the table is missing or has a wrong shape.
+        ModelDirectoryError: the file is damaged, or a table is missing, unexpected or has a wrong
+            shape.
     """
     path = directory / TABLES_FILE
     header, data_start = _read_header(path)
-    entry = header.get(ITEM_TABLE)
+    known = {table.name for table in config.row_tables}
+    for name in sorted(header.keys() - known - {"__metadata__"}):
+        raise ModelDirectoryError(f"{path}: tensor {name!r} does not belong to this model")
+    return [_map_table(path, header, data_start, table, config) for table in config.row_tables]
+
+
+def _map_table(
+    path: Path, header: dict[str, Any], data_start: int, table: RowTable, config: ModelConfig
+) -> npt.NDArray[np.float32]:
+    entry = header.get(table.name)
     if not isinstance(entry, dict):
-        raise ModelDirectoryError(f"{path}: tensor {ITEM_TABLE!r} is missing")
-    wanted = [config.num_items + 1, config.embedding_dim]
+        raise ModelDirectoryError(f"{path}: tensor {table.name!r} is missing")
+    wanted = [table.num_rows, config.row_dim]
     if entry.get("dtype") != "F32" or entry.get("shape") != wanted:
         raise ModelDirectoryError(
-            f"{path}: tensor {ITEM_TABLE!r} is {entry.get('dtype')} {entry.get('shape')}, "
+            f"{path}: tensor {table.name!r} is {entry.get('dtype')} {entry.get('shape')}, "
             f"the config asks for F32 {wanted}"
         )
     begin, end = entry["data_offsets"]
     if end - begin != 4 * wanted[0] * wanted[1] or data_start + end > path.stat().st_size:
-        raise ModelDirectoryError(f"{path}: tensor {ITEM_TABLE!r} is cut short")
+        raise ModelDirectoryError(f"{path}: tensor {table.name!r} is cut short")
     return np.memmap(
         path, dtype="<f4", mode="r", offset=data_start + begin, shape=(wanted[0], wanted[1])
     )
@@ -144,20 +154,29 @@ def model_version(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def save_model(directory: Path, model: HSTU, item_table: Tensor) -> None:
+def save_model(directory: Path, model: SequenceModel, tables: Mapping[str, Tensor]) -> None:
     """Writes a model directory.
 
     Args:
         directory: made if absent; files of the same names are replaced.
         model: dense weights.
-        item_table: float32 [num_items + 1, D]; row 0 is padding.
+        tables: float32 [num_rows, row_dim] by name, those of the config's `row_tables`.
+
+    Raises:
+        ValueError: a table is missing, unexpected, or has a wrong shape or dtype.
     """
+    wanted = {
+        table.name: (table.num_rows, model.config.row_dim) for table in model.config.row_tables
+    }
+    found = {name: tuple(table.shape) for name, table in tables.items()}
+    if found != wanted or any(table.dtype != torch.float32 for table in tables.values()):
+        raise ValueError(f"tables: must be float32 of shapes {wanted}, not {found}")
     directory.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(model.config.model_dump(), indent=2)
-    (directory / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+    config = directory / CONFIG_FILE
+    config.write_text(json.dumps(model.config.model_dump(), indent=2) + "\n", encoding="utf-8")
     dense = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    tables = {ITEM_TABLE: item_table.detach().contiguous()}
-    for name, tensors in ((DENSE_FILE, dense), (TABLES_FILE, tables)):
+    pooled = {name: table.detach().contiguous() for name, table in tables.items()}
+    for name, tensors in ((DENSE_FILE, dense), (TABLES_FILE, pooled)):
         save_file(tensors, directory / name)
-        # The library writes files for their owner alone; a server often runs as another user.
-        (directory / name).chmod(0o644)
+        # The library writes for the owner alone, whatever the umask says.
+        shutil.copymode(config, directory / name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from math import inf
 
-from model_executor.step import CandidateScoring, Retrieval, SchedulerOutput, StepTimings
+from model_executor.step import Retrieval, SchedulerOutput, StepTimings
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,7 @@ class CostProfile:
             request.num_rows * request.start + request.num_rows * (request.num_rows + 1) // 2
             for request in step.requests
         )
-        candidates = sum(
-            len(request.task.row_index)
-            for request in step.requests
-            if isinstance(request.task, CandidateScoring)
-        )
+        candidates = sum(request.num_candidates for request in step.requests)
         retrievals = sum(isinstance(request.task, Retrieval) for request in step.requests)
         return StepTimings(
             load=self.row_miss_ms * float((~step.rows.resident).sum()),

@@ -1,7 +1,8 @@
-"""The host tier: where all rows of a table always are."""
+"""The host tier: where all rows of all pooled tables always are."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,11 +14,11 @@ class HostStore(Protocol):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the table."""
+        """Rows of all tables."""
         ...
 
     def read_rows(self, row_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Copies of rows (int64 [n], each within the table): float32 [n, D].
+        """Copies of rows (int64 [n], each within the tables): float32 [n, D].
 
         Raises:
             RowsUnavailableError: the rows cannot be had now.
@@ -25,18 +26,28 @@ class HostStore(Protocol):
         ...
 
 
-class MemoryMappedTable:
-    """Rows of a table file, through the operating system's page cache."""
+class MemoryMappedTables:
+    """Rows of table files, through the operating system's page cache; tables lie end to end."""
 
-    def __init__(self, table: npt.NDArray[np.float32]) -> None:
-        """Takes a memory map, float32 [rows, D]."""
-        self._table = table
+    def __init__(self, tables: Sequence[npt.NDArray[np.float32]]) -> None:
+        """Takes memory maps, float32 [rows, D] each, all of one width."""
+        self._tables = tables
+        self._ends = np.cumsum([len(table) for table in tables])
 
     @property
     def num_rows(self) -> int:
-        """Rows of the table."""
-        return len(self._table)
+        """Rows of all tables."""
+        return int(self._ends[-1])
 
     def read_rows(self, row_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Copies of rows (int64 [n]): float32 [n, D]."""
-        return np.take(self._table, row_ids, axis=0)
+        if len(self._tables) == 1:
+            return np.take(self._tables[0], row_ids, axis=0)
+        if len(row_ids) and row_ids.max() >= self.num_rows:
+            raise IndexError(f"row {row_ids.max()} is beyond the last table's end")
+        rows = np.empty((len(row_ids), self._tables[0].shape[1]), dtype=np.float32)
+        owners = np.searchsorted(self._ends, row_ids, side="right")
+        for place, table in enumerate(self._tables):
+            own = owners == place
+            rows[own] = np.take(table, row_ids[own] - (self._ends[place] - len(table)), axis=0)
+        return rows

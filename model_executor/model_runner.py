@@ -17,10 +17,11 @@ from model_executor.attention.backend import AttentionBackend
 from model_executor.host_store import HostStore
 from model_executor.memory_ledger import DeviceMemory
 from model_executor.models.heads import RetrievalHead
-from model_executor.models.hstu import HSTU
+from model_executor.models.sequence_model import RankingModel, RetrievalModel, SequenceModel
 from model_executor.page_arena import PageArena
-from model_executor.paged_batch import build_paged_batch, to_device
+from model_executor.paged_batch import PagedBatch, build_paged_batch, to_device
 from model_executor.step import (
+    NO_ROW,
     CandidateScoring,
     Float32Array,
     Int64Array,
@@ -70,19 +71,23 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: HSTU,
+        model: SequenceModel,
         table: HostStore,
         layout: PoolLayout,
         attention: AttentionBackend,
         device: torch.device,
         max_retrieval_matrix_bytes: int,
     ) -> None:
-        """Allocates the pool; with `max_retrieval_matrix_bytes` 0 there is no retrieval head."""
+        """Allocates the pool in the weights' dtype.
+
+        There is no retrieval head with `max_retrieval_matrix_bytes` 0, nor for a model that ranks.
+        """
         self.model = model
-        self.arena = PageArena(layout, model.config, device)
+        self._dtype = next(model.parameters()).dtype
+        self.arena = PageArena(layout, model.config, device, self._dtype)
         self.retrieval_head = (
             RetrievalHead(model, table, device, max_retrieval_matrix_bytes)
-            if max_retrieval_matrix_bytes
+            if max_retrieval_matrix_bytes and isinstance(model, RetrievalModel)
             else None
         )
         self._table = table
@@ -102,30 +107,45 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelOutput:
-        """Carries out one step; see `Executor.execute`."""
+        """Carries out one step; see `Executor.execute`.
+
+        Candidates of a ranking model run through the layers with the histories, in `prefill`.
+        """
         timer = PhaseTimer(self._device)
         with timer.phase("load"):
             self._poison(step)
             addresses = self._load_rows(step.rows)
+        retrieved: dict[str, tuple[Int64Array, Float32Array]] = {}
         with timer.phase("prefill"):
-            hidden = self._encode(step.requests, addresses)
-            ends = np.cumsum([request.num_rows for request in step.requests]) - 1
-            users = self.model.normalise(hidden[to_device(ends, self._device)])
+            batch = self._batch(step.requests)
+            rows = self._token_rows(step.requests, addresses)
+            x = self.model.embed(rows, batch)
+            encoded = self.model.encode(x, batch, self.arena.kv, self._attention)
         with timer.phase("score"):
-            scores = self._score_candidates(step.requests, users, addresses)
-            retrieved = self._retrieve(step.requests, users)
-        return ModelOutput(scores, retrieved, timer.result())
+            if isinstance(self.model, RankingModel):
+                candidate_rows = rows[batch.num_context_rows :]
+                scores = self.model.score(encoded, candidate_rows, batch)
+            else:
+                assert isinstance(self.model, RetrievalModel)
+                users = self.model.normalise_user(encoded)
+                scores = self._inner_products(self.model, step.requests, users, addresses)
+                retrieved = self._retrieve(step.requests, users)
+            parts = _by_request(step.requests, scores)
+        return ModelOutput(parts, retrieved, timer.result())
 
     @torch.inference_mode()
     def encode(self, step: SchedulerOutput) -> Tensor:
         """Loads a step's rows and runs its layers, as `execute` does, and scores nothing.
 
         Returns:
-            Every history row of the step after the last layer and the output norm, in the order
-            scheduled: float [T, D].
+            Every row of the step after the last layer, context rows of all requests first, then
+            all candidates that are rows: float [T, D].
         """
         self._poison(step)
-        return self.model.normalise(self._encode(step.requests, self._load_rows(step.rows)))
+        addresses = self._load_rows(step.rows)
+        batch = self._batch(step.requests)
+        x = self.model.embed(self._token_rows(step.requests, addresses), batch)
+        return self.model.encode(x, batch, self.arena.kv, self._attention, all_rows=True)
 
     def _poison(self, step: SchedulerOutput) -> None:
         if step.dead_blocks:
@@ -156,35 +176,48 @@ class ModelRunner:
         return addresses
 
     def _fetch(self, row_ids: Int64Array) -> Tensor:
-        """Rows of the host tier on the device, float [n, D]."""
-        return torch.from_numpy(self._table.read_rows(row_ids)).to(self._device)
+        """Rows of the host tier on the device, float [n, row_dim]."""
+        return torch.from_numpy(self._table.read_rows(row_ids)).to(self._device, self._dtype)
 
-    def _encode(self, requests: tuple[ScheduledRequest, ...], addresses: Tensor) -> Tensor:
-        """Runs the step's history rows: float [T, D]."""
-        row_index = np.concatenate([request.row_index for request in requests])
-        rows = self.arena.read_rows(addresses[to_device(row_index, self._device)])
-        batch = build_paged_batch(requests, self._layout.block_tokens, self._device)
-        x = self.model.embed(rows, batch.positions)
-        return self.model.encode(x, batch, self.arena.kv, self._attention)
+    def _batch(self, requests: tuple[ScheduledRequest, ...]) -> PagedBatch:
+        in_sequence = isinstance(self.model, RankingModel)
+        return build_paged_batch(requests, self._layout.block_tokens, self._device, in_sequence)
 
-    def _score_candidates(
-        self, requests: tuple[ScheduledRequest, ...], users: Tensor, addresses: Tensor
-    ) -> dict[str, Float32Array]:
-        """Dot products of each user's last row and its candidates' normalised pool rows."""
-        tasks = [
-            (place, request.request_id, request.task.row_index)
-            for place, request in enumerate(requests)
-            if isinstance(request.task, CandidateScoring)
-        ]
-        if not tasks:
-            return {}
-        lengths = [len(row_index) for _, _, row_index in tasks]
-        rows = to_device(np.concatenate([row_index for _, _, row_index in tasks]), self._device)
-        items = self.model.normalise(self.arena.read_rows(addresses[rows]))
-        owners = np.repeat([place for place, _, _ in tasks], lengths)
-        scores = (items * users[to_device(owners, self._device)]).sum(dim=-1).cpu().numpy()
-        parts = np.split(scores, np.cumsum(lengths)[:-1])
-        return {request_id: part for (_, request_id, _), part in zip(tasks, parts, strict=True)}
+    def _token_rows(self, requests: tuple[ScheduledRequest, ...], addresses: Tensor) -> Tensor:
+        """Pool rows of the step's tokens, zeros where a token has none: float [T, row_dim]."""
+        index = [request.row_index for request in requests]
+        if isinstance(self.model, RankingModel):
+            index += [task.row_index for _, task in _scorings(requests)]
+        row_index = np.concatenate(index)
+        has_row = row_index != NO_ROW
+        if has_row.all():
+            return self.arena.read_rows(addresses[to_device(row_index, self._device)])
+        rows = torch.zeros(
+            len(row_index), self.model.config.row_dim, dtype=self._dtype, device=self._device
+        )
+        places = addresses[to_device(row_index[has_row], self._device)]
+        rows[to_device(has_row, self._device)] = self.arena.read_rows(places)
+        return rows
+
+    def _inner_products(
+        self,
+        model: RetrievalModel,
+        requests: tuple[ScheduledRequest, ...],
+        users: Tensor,
+        addresses: Tensor,
+    ) -> Tensor:
+        """Products of each user's last row and its candidates' pool rows: float32 [C, 1]."""
+        found = _scorings(requests)
+        if not found:
+            return users.new_empty(0, 1)
+        rows = np.concatenate([task.row_index for _, task in found])
+        places = addresses[to_device(rows, self._device)]
+        items = model.normalise_item(self.arena.read_rows(places))
+        owners = np.repeat(
+            [place for place, _ in found], [len(task.row_index) for _, task in found]
+        )
+        products = items * users[to_device(owners, self._device)]
+        return products.float().sum(dim=-1, keepdim=True)
 
     def _retrieve(
         self, requests: tuple[ScheduledRequest, ...], users: Tensor
@@ -202,3 +235,24 @@ class ModelRunner:
         askers = users[to_device(places, self._device)]
         results = self.retrieval_head.retrieve(askers, [task for _, _, task in found])
         return {request_id: best for (_, request_id, _), best in zip(found, results, strict=True)}
+
+
+def _scorings(
+    requests: tuple[ScheduledRequest, ...],
+) -> list[tuple[int, CandidateScoring]]:
+    """The requests that score candidates, by their place in the step."""
+    return [
+        (place, request.task)
+        for place, request in enumerate(requests)
+        if isinstance(request.task, CandidateScoring)
+    ]
+
+
+def _by_request(requests: tuple[ScheduledRequest, ...], scores: Tensor) -> dict[str, Float32Array]:
+    """Splits a step's scores [C, tasks] among its requests."""
+    found = _scorings(requests)
+    if not found:
+        return {}
+    ends = np.cumsum([len(task.row_index) for _, task in found])[:-1]
+    parts = np.split(scores.cpu().numpy(), ends)
+    return {requests[place].request_id: part for (place, _), part in zip(found, parts, strict=True)}

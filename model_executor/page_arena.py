@@ -20,9 +20,6 @@ from torch import Tensor
 from block_manager.pool_layout import PoolLayout
 from model_executor.model_config import ModelConfig
 
-ELEMENT_BYTES = 4
-"""float32, the one dtype of the first models."""
-
 
 @dataclass(frozen=True, slots=True)
 class PagedKV:
@@ -50,9 +47,9 @@ class PagedKV:
         return k[:num_tokens], v[:num_tokens]
 
 
-def _allocate(num_bytes: int, device: torch.device) -> Tensor:
+def _allocate(num_bytes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     try:
-        return torch.zeros(num_bytes // ELEMENT_BYTES, dtype=torch.float32, device=device)
+        return torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=device)
     except RuntimeError as error:  # torch's out-of-memory errors, of the CPU and of CUDA.
         raise ValueError(f"pool_bytes: {device} has no {num_bytes} bytes left: {error}") from error
 
@@ -60,16 +57,18 @@ def _allocate(num_bytes: int, device: torch.device) -> Tensor:
 class PageArena:
     """Owns the allocation; nothing else on the device holds rows or KV."""
 
-    def __init__(self, layout: PoolLayout, config: ModelConfig, device: torch.device) -> None:
-        """Allocates `layout.total_bytes` on the device.
+    def __init__(
+        self, layout: PoolLayout, config: ModelConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Allocates `layout.total_bytes` on the device; rows, K and V are of one dtype.
 
         Raises:
             ValueError: the device does not have that much.
         """
         self.layout = layout
-        self._page_elements = layout.page_bytes // ELEMENT_BYTES
-        self._row_elements = layout.row_bytes // ELEMENT_BYTES
-        self._storage = _allocate(layout.total_bytes, device)
+        self._page_elements = layout.page_bytes // dtype.itemsize
+        self._row_elements = layout.row_bytes // dtype.itemsize
+        self._storage = _allocate(layout.total_bytes, dtype, device)
         self.kv = self._view_kv(config)
         # Rows start at multiples of this many elements, in pages and in staging alike, so that
         # one row view with this stride reaches them all and a gather is one indexed read.
@@ -146,5 +145,5 @@ class PageArena:
 
     def poison_slots(self, slots: Tensor) -> None:
         """Fills row slots (int64 [n]) with NaN."""
-        nan = torch.full((len(slots), self._row_elements), math.nan, device=slots.device)
+        nan = self._storage.new_full((len(slots), self._row_elements), math.nan)
         self.write_slots(slots, nan)

@@ -1,83 +1,151 @@
-"""The history rows of one step, as tensors: what a model's layers and its attention read."""
+"""The rows of one step, as tensors: what a model's layers and its attention read.
+
+Context rows of all requests come first, request after request, then the candidates of all
+requests. There is no padding between them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model_executor.step import Int64Array, ScheduledRequest
+from model_executor.step import CandidateScoring, Int64Array, ScheduledRequest
 
 
 @dataclass(frozen=True, slots=True)
 class PagedSequence:
-    """One request's chunk: rows start .. start + num_rows - 1 of its history."""
+    """One request's share: context rows start .. start + num_rows - 1, then candidates.
+
+    All rows bring keys and values; queries are the last `num_queries` context rows and all
+    candidates, so that a last layer need not compute rows that nobody reads.
+    """
 
     first_row: int
-    """Where the chunk begins among the step's rows."""
+    """Where the context rows begin among the step's rows (of k and v)."""
     num_rows: int
     start: int
-    """Rows already in pages: the chunk attends to these and, causally, to itself."""
+    """Rows already in pages."""
+    first_candidate: int
+    """Where the candidates begin among the step's rows (of k and v)."""
+    num_candidates: int
+    first_query: int
+    """Where the context rows that are queries begin among the rows of q."""
+    num_queries: int
+    first_candidate_query: int
+    """Where the candidates begin among the rows of q."""
     block_table: Tensor
     """Page of each block of rows 0 .. start + num_rows - 1, int64 [blocks]."""
-    query_times: Tensor
-    """Seconds, int64 [num_rows]: of row i that of event i + 1, of the last row the request's."""
-    key_times: Tensor
-    """Seconds of events 0 .. start + num_rows - 1, int64 [start + num_rows]."""
+    features: Int64Array
+    """What the model reads of rows 0 .. start + num_rows - 1, [context_len, F], on the host."""
 
     @property
     def context_len(self) -> int:
-        """Rows that the chunk's last row attends to, itself included."""
+        """Context rows that a candidate reads."""
         return self.start + self.num_rows
 
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """Jagged rows of all chunks of a step, T in all; no padding between them."""
+    """Rows of a step, T in all, T_c of them context rows."""
 
+    num_context_rows: int
     positions: Tensor
-    """Row of each token within its history, int64 [T]."""
+    """Row of each token within its sequence, int64 [T]; candidates all follow the last."""
+    features: Int64Array
+    """What the model reads of each token, [T, F], on the host."""
     page_ids: Tensor
-    """Page that takes each token's K and V, int64 [T]."""
+    """Page that takes each context row's K and V, int64 [T_c]."""
     page_offsets: Tensor
-    """Token's place inside that page's block, int64 [T]."""
+    """Row's place inside that page's block, int64 [T_c]."""
     sequences: tuple[PagedSequence, ...]
 
+    def narrow(self, last_rows: bool) -> tuple[PagedBatch, Tensor]:
+        """The batch of a last layer: queries are candidates and, if asked for, last context rows.
 
-def to_device(array: Int64Array, device: torch.device) -> Tensor:
-    """An index array as a tensor."""
+        Returns:
+            The batch and which of the T rows its queries are, int64 [queries]: one row of each
+            sequence first (its last context row), then all candidates.
+        """
+        sequences, ends = [], []
+        num_ends = len(self.sequences) if last_rows else 0
+        for place, one in enumerate(self.sequences):
+            ends.append(one.first_row + one.num_rows - 1)
+            shift = num_ends - self.num_context_rows
+            sequences.append(
+                replace(
+                    one,
+                    first_query=place if last_rows else 0,
+                    num_queries=1 if last_rows else 0,
+                    first_candidate_query=one.first_candidate + shift,
+                )
+            )
+        candidates = np.arange(self.num_context_rows, len(self.features))
+        picked = np.concatenate([np.array(ends[:num_ends], dtype=np.int64), candidates])
+        return replace(self, sequences=tuple(sequences)), to_device(picked, self.positions.device)
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A host array as a tensor of the same type."""
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
 def build_paged_batch(
-    requests: Sequence[ScheduledRequest], block_tokens: int, device: torch.device
+    requests: Sequence[ScheduledRequest],
+    block_tokens: int,
+    device: torch.device,
+    candidates_in_sequence: bool = False,
 ) -> PagedBatch:
-    """Lays the chunks of a step behind one another."""
-    sequences, positions, page_ids = [], [], []
-    first_row = 0
+    """Lays the rows of a step behind one another.
+
+    Args:
+        requests: the step's.
+        block_tokens: rows of a block.
+        device: where the tensors go.
+        candidates_in_sequence: whether candidates are rows of the step.
+    """
+    num_context_rows = sum(request.num_rows for request in requests)
+    sequences, positions, page_ids, features = [], [], [], []
+    candidate_positions, candidate_features = [], []
+    first_row, first_candidate = 0, num_context_rows
     for request in requests:
-        rows = np.arange(request.start, request.start + request.num_rows)
+        end = request.start + request.num_rows
+        rows = np.arange(request.start, end)
         positions.append(rows)
         page_ids.append(request.block_table[rows // block_tokens])
-        times = to_device(request.event_times, device)
+        features.append(request.features[request.start :])
+        num_candidates = 0
+        if candidates_in_sequence and isinstance(request.task, CandidateScoring):
+            num_candidates = request.num_candidates
+            candidate_positions.append(np.full(num_candidates, end))
+            candidate_features.append(request.task.features)
         sequences.append(
             PagedSequence(
                 first_row=first_row,
                 num_rows=request.num_rows,
                 start=request.start,
+                first_candidate=first_candidate,
+                num_candidates=num_candidates,
+                first_query=first_row,
+                num_queries=request.num_rows,
+                first_candidate_query=first_candidate,
                 block_table=to_device(request.block_table, device),
-                query_times=times[request.start + 1 :],
-                key_times=times[:-1],
+                features=request.features,
             )
         )
         first_row += request.num_rows
-    flat = np.concatenate(positions)
+        first_candidate += num_candidates
+    rows = np.concatenate(positions)
     return PagedBatch(
-        positions=to_device(flat, device),
+        num_context_rows=num_context_rows,
+        positions=to_device(np.concatenate([rows, *candidate_positions]), device),
+        features=np.concatenate([*features, *candidate_features]),
         page_ids=to_device(np.concatenate(page_ids), device),
-        page_offsets=to_device(flat % block_tokens, device),
+        page_offsets=to_device(rows % block_tokens, device),
         sequences=tuple(sequences),
     )

@@ -23,7 +23,7 @@ class SimulatedExecutor:
         cost = self._profile.price(step)
         self._advance((cost.load + cost.prefill + cost.score) / 1e3)
         scores = {
-            request.request_id: np.zeros(len(request.task.row_index), dtype=np.float32)
+            request.request_id: np.zeros((request.num_candidates, 1), dtype=np.float32)
             for request in step.requests
             if isinstance(request.task, CandidateScoring)
         }

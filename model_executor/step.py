@@ -1,6 +1,8 @@
 """The only types between scheduler and executor: what one step does, and what came of it.
 
-NumPy arrays throughout, so that a simulated executor needs no torch.
+NumPy arrays throughout, so that a simulated executor needs no torch. A request's sequence is its
+context (contextual tokens, then the tokens of its history), whose K and V go to pages, and its
+candidates, whose K and V live in a step only.
 """
 
 from __future__ import annotations
@@ -15,18 +17,23 @@ from block_manager.embedding_cache import RowPlan
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
+NO_ROW = -1
+"""In place of a row: this token takes no row of the pool."""
+
 
 @dataclass(frozen=True, slots=True)
 class CandidateScoring:
-    """Score a micro-batch of explicit candidates with the user's last row."""
+    """Score a micro-batch of explicit candidates; the whole context is computed by then."""
 
     row_index: Int64Array
     """Place of each candidate's row in the step's row plan, [candidates]."""
+    features: Int64Array
+    """What the model reads of each beside its row, [candidates, F]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """Find the best items of the whole catalogue with the user's last row."""
+    """Find the best items of the whole catalogue with the history's last row."""
 
     top_k: int
     excluded_ids: Int64Array
@@ -35,25 +42,30 @@ class Retrieval:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """One request's share of a step: history rows start .. start + num_rows - 1."""
+    """One request's share of a step: context tokens start .. start + num_rows - 1."""
 
     request_id: str
     start: int
-    """Rows whose K and V are already in pages."""
+    """Tokens whose K and V are already in pages."""
     row_index: Int64Array
-    """Place of each row's embedding in the step's row plan, [num_rows]."""
+    """Place of each token's embedding in the step's row plan, or NO_ROW, [num_rows]."""
     block_table: Int64Array
-    """Pages of rows 0 .. start + num_rows - 1, [blocks]."""
-    event_times: Int64Array
-    """Seconds of events 0 .. start + num_rows - 1, then of what follows the last one (the next
-    event, or the request): [start + num_rows + 1]."""
+    """Pages of tokens 0 .. start + num_rows - 1, [blocks]."""
+    features: Int64Array
+    """What the model reads of tokens 0 .. start + num_rows - 1 beside their rows,
+    [start + num_rows, F]; the columns are the model's."""
     task: CandidateScoring | Retrieval | None
-    """Set when the chunk ends with the history's last row and something is to be scored."""
+    """Set when the chunk ends with the context's last token and something is to be scored."""
 
     @property
     def num_rows(self) -> int:
-        """History rows to compute."""
+        """Context tokens to compute."""
         return len(self.row_index)
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates to score."""
+        return len(self.task.row_index) if isinstance(self.task, CandidateScoring) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +95,8 @@ class ModelOutput:
     """What a step computed, by request id."""
 
     candidate_scores: dict[str, Float32Array]
-    """Scores of the step's candidates, in the order they were scheduled."""
+    """Scores of the step's candidates, in the order they were scheduled, [candidates, tasks]; one
+    column where the model has no tasks."""
     retrieved: dict[str, tuple[Int64Array, Float32Array]]
     """Item ids and scores, best first; ties by item id."""
     timings_ms: StepTimings

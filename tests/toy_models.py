@@ -11,9 +11,10 @@ from safetensors.numpy import load_file
 
 from block_manager.pool_layout import PoolConfig
 from helm_engine.config import EngineConfig, SchedulerConfig
-from model_executor.checkpoint import DENSE_FILE, ITEM_TABLE, TABLES_FILE, load_config, save_model
-from model_executor.model_config import ModelConfig, parse_model_config
-from model_executor.models.hstu import HSTU
+from model_executor.checkpoint import DENSE_FILE, TABLES_FILE, load_config, save_model
+from model_executor.model_config import ITEM_TABLE, ModelConfig, ResearchConfig, parse_model_config
+from model_executor.models.registry import build_model
+from model_executor.models.sequence_model import SequenceModel
 from tests.reference_hstu import ReferenceHSTU
 
 TOY_CONFIG: dict[str, Any] = {
@@ -33,24 +34,88 @@ TOY_CONFIG: dict[str, Any] = {
     "l2_norm_eps": 1e-6,
 }
 
+_SIZES = {name: TOY_CONFIG[name] for name in list(TOY_CONFIG)[2:10]}
 
-def toy_config(**changes: Any) -> ModelConfig:
-    """The toy configuration, with changes."""
-    return parse_model_config({**TOY_CONFIG, **changes}, "toy")
+TOY_CONFIGS: dict[str, dict[str, Any]] = {
+    "research": TOY_CONFIG,
+    "stu": {
+        **_SIZES,
+        "model_type": "hstu",
+        "dialect": "stu",
+        "layer_norm_eps": 1e-6,
+        "table_dim": 10,
+        "features": [{"name": "category", "num_rows": 7}],
+        "contextual": [
+            {"name": "user_id", "num_rows": 5000, "min_sequence_len": 70},
+            {"name": "device", "num_rows": 4},
+        ],
+        "tasks": [{"name": "click"}, {"name": "dwell", "kind": "regression"}],
+        "num_action_bits": 5,
+        "action_dim": 3,
+        "max_candidates": 60,
+        "num_positions": 64,
+        "num_time_buckets": 40,
+        "preprocessor_hidden_dim": 14,
+        "item_hidden_dim": 18,
+        "head_hidden_dim": 16,
+    },
+    "nvidia": {
+        **_SIZES,
+        "model_type": "hstu",
+        "dialect": "nvidia",
+        "layer_norm_eps": 1e-5,
+        "dqk": 5,
+        "dv": 5,
+        "tasks": [{"name": "click"}, {"name": "like"}],
+        "rank_by": "like",
+        "num_position_buckets": 40,
+        "scaling_seqlen": 30,
+        "action": {"name": "action", "num_rows": 9},
+        "prediction_head": [11, 2],
+    },
+    "sasrec": {
+        **_SIZES,
+        "model_type": "sasrec",
+        "dialect": "sasrec",
+        "layer_norm_eps": 1e-6,
+        "ffn_dim": 16,
+    },
+}
+"""One toy model for each dialect; all terms of each dialect are there."""
+
+
+def toy_config(dialect: str = "research", **changes: Any) -> ModelConfig:
+    """The toy configuration of a dialect, with changes."""
+    return parse_model_config({**TOY_CONFIGS[dialect], **changes}, "toy")
+
+
+def randomise(model: SequenceModel, seed: int = 0) -> None:
+    """Sets every weight so that no norm, bias or table is one that could be dropped unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.5 if "bias" in name or "norm" in name else 1.0 / parameter.shape[-1] ** 0.5
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+            if parameter.dim() == 1 and name.endswith("weight") and "bias" not in name:
+                parameter.add_(1.0)  # A norm's.
+
+
+def random_tables(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Pooled tables of a model; a padding row is zeros."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    tables = {
+        table.name: 0.3 * torch.randn(table.num_rows, config.row_dim, generator=generator)
+        for table in config.row_tables
+    }
+    tables[ITEM_TABLE][: config.first_item_id] = 0.0
+    return tables
 
 
 def write_toy_model(directory: Path, config: ModelConfig, seed: int = 0) -> Path:
     """Writes a model directory with random weights."""
-    generator = torch.Generator().manual_seed(seed)
-    model = HSTU(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Biases and tables are as large as scores, so that dropping one is seen.
-            scale = 0.5 if "bias" in name else 1.0 / parameter.shape[-1] ** 0.5
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    table = torch.randn(config.num_items + 1, config.embedding_dim, generator=generator) * 0.3
-    table[0] = 0.0
-    save_model(directory, model, table)
+    model = build_model(config)
+    randomise(model, seed)
+    save_model(directory, model, random_tables(config, seed))
     return directory
 
 
@@ -58,8 +123,10 @@ def read_reference(directory: Path) -> ReferenceHSTU:
     """The slow reference over a model directory's own files."""
     weights = load_file(directory / DENSE_FILE)
     table = load_file(directory / TABLES_FILE)[ITEM_TABLE]
+    config = load_config(directory)
+    assert isinstance(config, ResearchConfig)
     return ReferenceHSTU(
-        load_config(directory),
+        config,
         {name: weight.astype(np.float64) for name, weight in weights.items()},
         table.astype(np.float64),
     )
@@ -76,7 +143,7 @@ def toy_engine_config(
 ) -> EngineConfig:
     """An engine over few pages, with freed memory poisoned."""
     model = load_config(model_dir)
-    row_bytes = model.embedding_dim * 4
+    row_bytes = model.row_dim * 4
     block_bytes = block_tokens * model.kv_elements_per_token * 4
     page_bytes = -(-max(block_bytes, row_bytes) // 256) * 256
     return EngineConfig(

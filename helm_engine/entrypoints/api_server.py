@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -23,10 +23,16 @@ from helm_engine.async_recommender import AsyncRecommender
 from helm_engine.clock import SystemClock
 from helm_engine.config import EngineConfig
 from helm_engine.engine_loader import LoadedEngine, load_engine
+from helm_engine.entrypoints.array_route import ArrayRoute
 from helm_engine.entrypoints.body_limit import BodyLimit
 from helm_engine.entrypoints.errors import install_error_handlers
 from helm_engine.exceptions import EngineUnavailableError, RequestAbortedError
-from helm_engine.protocol import ErrorBody, Recommendation, RecommendRequest
+from helm_engine.protocol import (
+    ErrorBody,
+    Recommendation,
+    RecommendRequest,
+    encode_recommendation,
+)
 from helm_engine.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -65,16 +71,18 @@ def _add_recommend_routes(app: FastAPI) -> None:
             # Withdraws the request, and with it its pages, if the client is gone.
             answering.cancel()
             leaving.cancel()
-        return Response(answer.model_dump_json(), media_type="application/json")
+        return Response(encode_recommendation(answer), media_type="application/json")
 
+    router = APIRouter(route_class=ArrayRoute)
     for path in ("/v1/recommend", "/recommend"):
-        app.post(
+        router.post(
             path,
             response_model=Recommendation,
             responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
             summary="Score candidates, or retrieve the best items of the catalogue",
             operation_id=path.strip("/").replace("/", "_"),
         )(recommend)
+    app.include_router(router)
 
 
 async def _client_leaves(request: Request) -> None:

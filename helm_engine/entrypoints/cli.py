@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -81,8 +82,6 @@ def serve(
 def _welcome(engine: LoadedEngine, host: str, port: int) -> str:
     """What the operator sees once the server can be reached."""
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    last = engine.model_config.num_items
-    items = ", ".join(str(min(item, last)) for item in (50, 172, 181))
     memory, layout = engine.runner.memory, engine.layout
     return (
         f"HELM Engine {__version__} serves {engine.config.model_name} on {address}\n"
@@ -91,10 +90,19 @@ def _welcome(engine: LoadedEngine, host: str, port: int) -> str:
         f"{memory.staging} bytes of staging; weights: {memory.weights} bytes; "
         f"activations: at most {engine.activation_bound} bytes\n"
         "Try it:\n\n"
-        f"curl -s {address}/v1/recommend -H 'Content-Type: application/json' -d "
-        f"""'{{"user": "demo", "history": {{"item_ids": [{items}], """
-        """"timestamps": [100, 160, 220]}, "top_k": 3, "exclude_history": true}'\n"""
+        f"curl -s {address}/v1/recommend -H 'Content-Type: application/json' "
+        f"-d '{json.dumps(_request_to_paste(engine))}'\n"
     )
+
+
+def _request_to_paste(engine: LoadedEngine) -> dict[str, Any]:
+    from helm_engine.sample_request import sample_request
+
+    model = engine.model_config
+    items = [min(item, model.num_item_rows - 1) for item in (50, 172, 181)]
+    retrieves = engine.runner.retrieval_head is not None
+    body = sample_request(model, items, [100, 160, 220], None if retrieves else items)
+    return {"user": "demo", **body, "top_k": 3, "exclude_history": retrieves}
 
 
 @app.command("run-batch")
@@ -121,6 +129,30 @@ def run_batch(
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}")
     print(f"{counted.succeeded} answered, {counted.failed} failed", file=sys.stderr)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint file or directory.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Model directory to make.")],
+    dialect: Annotated[
+        Literal["research", "stu", "nvidia"], typer.Option(help="Whose checkpoint it is.")
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="JSON fields of config.json that the checkpoint does not say."),
+    ] = None,
+) -> None:
+    """Make a model directory of a public checkpoint."""
+    from model_executor.converters.convert import convert_checkpoint, describe
+
+    try:
+        conversion = convert_checkpoint(dialect, source, target, config)
+    except ValueError as error:
+        _fail(error)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}")
+    print(f"{target}: {describe(conversion)}")
 
 
 def main() -> None:

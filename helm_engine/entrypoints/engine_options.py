@@ -49,6 +49,9 @@ class EngineOptions:
         int, typer.Option(help="Requests that may wait beyond those; further ones get 429.")
     ] = _SCHEDULER.max_num_waiting
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = _EXECUTOR.device
+    dtype: Annotated[
+        str, typer.Option(help="What is computed and cached in: float32 or bfloat16.")
+    ] = _EXECUTOR.dtype
     attention_backend: Annotated[str, typer.Option(help="How attention is computed: torch.")] = (
         _EXECUTOR.attention_backend
     )
@@ -100,6 +103,7 @@ class EngineOptions:
             ),
             executor=ExecutorConfig(
                 device=self.device,
+                dtype=self.dtype,
                 attention_backend=self.attention_backend,
                 max_retrieval_matrix_bytes=_bytes(
                     "max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes

@@ -6,33 +6,49 @@ from typing import Protocol
 
 from torch import Tensor
 
-from model_executor.layers.relative_bias import RelativeBias
+from model_executor.attention.rule import AttentionRule
 from model_executor.page_arena import PagedKV
 from model_executor.paged_batch import PagedBatch
 
 
-class AttentionBackend(Protocol):
-    """Causal HSTU attention of a step's rows over their paged histories."""
+class PairBias(Protocol):
+    """What is added to the score of each query-key pair, the same for all heads."""
 
-    def time_buckets(self, batch: PagedBatch, edges: Tensor) -> tuple[Tensor, ...]:
-        """Time bucket of every pair, one int16 [num_rows, context_len] per sequence.
+    def __call__(self, sequence: int, queries: slice, keys: slice) -> Tensor:
+        """Bias of a tile of one sequence: float [n, m].
 
-        Computed once per step: buckets are the same for all layers.
+        Args:
+            sequence: place in the batch.
+            queries: which context rows, by their position in the context.
+            keys: which context rows, likewise.
         """
         ...
+
+
+class AttentionBackend(Protocol):
+    """Attention of a step's rows over their paged contexts and among candidates."""
 
     def attend(
         self,
         q: Tensor,
+        k: Tensor,
+        v: Tensor,
         kv: PagedKV,
         layer: int,
         batch: PagedBatch,
-        bias: RelativeBias,
-        buckets: tuple[Tensor, ...],
-        normaliser: int,
+        rule: AttentionRule,
+        bias: PairBias | None = None,
     ) -> Tensor:
-        """Attends queries [T, H, dqk] to the pages of their sequences: float [T, H, dv].
+        """Attends a layer's queries: float [Q, H, dv], in the order of q.
 
-        K and V of the step's own rows are already in the pages.
+        Args:
+            q: queries, float [Q, H, dqk], laid out as the batch's sequences say.
+            k: keys of the step's own rows, float [T, H, dqk].
+            v: values of the step's own rows, float [T, H, dv].
+            kv: pages; those of the step's context rows hold their K and V already.
+            layer: which layer's pages to read.
+            batch: which rows these are.
+            rule: the model's.
+            bias: added to scores of context rows; a model with candidate rows has none.
         """
         ...

@@ -26,7 +26,8 @@ def time_bucket_edges(num_buckets: int) -> Tensor:
     """
     edges = [math.ceil(math.exp(BUCKET_WIDTH * bucket)) for bucket in range(1, num_buckets + 1)]
     largest = torch.iinfo(torch.int64).max
-    return torch.tensor([min(edge, largest) for edge in edges], dtype=torch.int64)
+    # The device is named, so that a module built on the meta device has its constants all the same.
+    return torch.tensor([min(edge, largest) for edge in edges], dtype=torch.int64, device="cpu")
 
 
 def time_buckets(query_times: Tensor, key_times: Tensor, edges: Tensor) -> Tensor:
@@ -53,15 +54,16 @@ class RelativeBias(nn.Module):
         self.position_weight = nn.Parameter(torch.empty(2 * num_positions - 1))
         self.time_weight = nn.Parameter(torch.empty(num_time_buckets + 1))
 
-    def forward(self, query_positions: Tensor, buckets: Tensor) -> Tensor:
-        """Bias of each pair, float [..., n, m]; the keys are rows 0 .. m - 1.
+    def forward(self, query_positions: Tensor, buckets: Tensor, first_key: int = 0) -> Tensor:
+        """Bias of each pair, float [..., n, m]; the keys are rows first_key .. first_key + m - 1.
 
         Args:
             query_positions: rows of the queries, int64 [n], each below the table's positions.
             buckets: from `time_buckets`, [..., n, m].
+            first_key: row of the first key.
         """
         # For query row i the entries of keys 0, 1, 2, ... follow one another in the table, so a
         # row of the bias is a window of it and no [n, m] index is needed.
         windows = self.position_weight.unfold(0, buckets.shape[-1], 1)
-        by_position = windows[self.num_positions - 1 - query_positions]
+        by_position = windows[self.num_positions - 1 + first_key - query_positions]
         return by_position + self.time_weight[buckets.long()]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model_executor.exceptions import ModelDirectoryError
 from model_executor.host_store import HostStore
-from model_executor.models.hstu import HSTU
+from model_executor.models.sequence_model import RetrievalModel
 from model_executor.step import Float32Array, Int64Array, Retrieval
 
 _BUILD_CHUNK_ROWS = 65_536
@@ -23,7 +23,9 @@ class RetrievalHead:
     such, and read only here. Histories and explicit candidates always come from the pool.
     """
 
-    def __init__(self, model: HSTU, table: HostStore, device: torch.device, max_bytes: int) -> None:
+    def __init__(
+        self, model: RetrievalModel, table: HostStore, device: torch.device, max_bytes: int
+    ) -> None:
         """Builds the matrix chunk by chunk from the host tier.
 
         Raises:
@@ -31,14 +33,16 @@ class RetrievalHead:
                 table holds a value that is not finite.
         """
         config = model.config
-        needed = config.num_items * config.embedding_dim * 4
+        dtype = next(model.parameters()).dtype
+        needed = config.num_items * config.embedding_dim * dtype.itemsize
         if needed > max_bytes:
             raise ModelDirectoryError(
                 f"max_retrieval_matrix_bytes: retrieval over {config.num_items} items needs "
                 f"{needed} bytes, the limit is {max_bytes}; raise it, or set it to 0 to serve "
                 "candidate scoring alone"
             )
-        self.matrix = torch.empty(config.num_items, config.embedding_dim, device=device)
+        shape = (config.num_items, config.embedding_dim)
+        self.matrix = torch.empty(shape, dtype=dtype, device=device)
         for first in range(0, config.num_items, _BUILD_CHUNK_ROWS):
             last = min(first + _BUILD_CHUNK_ROWS, config.num_items)
             # Item ids start at 1: row 0 of the table is padding.
@@ -48,7 +52,7 @@ class RetrievalHead:
                 raise ModelDirectoryError(
                     f"item table: row {first + 1 + broken[0]} holds values that are not finite"
                 )
-            self.matrix[first:last] = model.normalise(torch.from_numpy(rows).to(device))
+            self.matrix[first:last] = model.normalise_item(torch.from_numpy(rows).to(device, dtype))
 
     def retrieve(
         self, users: Tensor, tasks: list[Retrieval]
@@ -66,7 +70,7 @@ class RetrievalHead:
         group = max(1, SCORES_PER_PASS // len(self.matrix))
         results = []
         for first in range(0, len(tasks), group):
-            scores = users[first : first + group] @ self.matrix.T
+            scores = (users[first : first + group] @ self.matrix.T).float()
             for row, task in zip(scores, tasks[first : first + group], strict=True):
                 results.append(self._best(row, task))
         return results

@@ -24,9 +24,13 @@ def main() -> int:
             status = 2
             continue
         for check in checks:
-            verdict = "ok" if check.passed else "FAILED"
-            print(f"{path.name}: {check.name}: largest error {check.largest_error:.2e}: {verdict}")
-            if not check.passed:
+            verdict = "ok" if check.passed else "differs" if check.optional else "FAILED"
+            note = " (optional: its _table_cap twin counts)" if check.optional else ""
+            print(
+                f"{path.name}: {check.name}: largest error {check.largest_error:.2e}: "
+                f"{verdict}{note}"
+            )
+            if not check.passed and not check.optional:
                 status = max(status, 1)
     return status
 

@@ -17,11 +17,15 @@ from torch import Tensor
 from block_manager.pool_layout import PoolConfig, plan_layout
 from model_executor.attention import torch_reference
 from model_executor.attention.registry import attention_backend
+from model_executor.layers.hstu_layer import ResearchHSTULayer
 from model_executor.layers.relative_bias import RelativeBias, time_bucket_edges, time_buckets
-from model_executor.page_arena import ELEMENT_BYTES, PageArena
+from model_executor.model_config import ResearchConfig
+from model_executor.models import research
+from model_executor.models.research import ResearchHSTU
+from model_executor.page_arena import PageArena
 from model_executor.paged_batch import build_paged_batch
 from model_executor.step import ScheduledRequest
-from tests.toy_models import toy_config
+from tests.toy_models import randomise, toy_config
 
 CPU = torch.device("cpu")
 MAX_LEN = 20
@@ -34,7 +38,10 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class History:
-    """One user's rows after projection; of these, start .. start + num_rows - 1 are a chunk."""
+    """One user's rows after projection; of these, start .. start + num_rows - 1 are a chunk.
+
+    There is one time more than rows: the request's.
+    """
 
     q: Tensor
     k: Tensor
@@ -65,7 +72,7 @@ def attend_in_a_dense_loop(history: History, bias: RelativeBias) -> Array:
         for j in range(i + 1):
             seconds = abs(int(history.times[i + 1]) - int(history.times[j]))
             bucket = min(NUM_BUCKETS, math.floor(math.log(max(1, seconds)) / 0.301))
-            added = position_weight[(j - i) + MAX_LEN - 1] + time_weight[bucket]
+            added = position_weight[(j - i) + NORMALISER - 1] + time_weight[bucket]
             for head in range(q.shape[1]):
                 score = float(q[i, head] @ k[j, head]) + added
                 weight = score / (1.0 + math.exp(-score)) / NORMALISER
@@ -76,24 +83,19 @@ def attend_in_a_dense_loop(history: History, bias: RelativeBias) -> Array:
 def attend_in_pages(
     rng: np.random.Generator,
     histories: list[History],
-    bias: RelativeBias,
+    model: ResearchHSTU,
     block_tokens: int,
-    heads: int,
-    dqk: int,
-    dv: int,
 ) -> Tensor:
     """All chunks as one batch, over pages in random order, with NaN in all other memory."""
-    config = toy_config(
-        num_layers=2, num_heads=heads, dqk=dqk, dv=dv, max_sequence_len=MAX_LEN, max_output_len=0
-    )
+    config = model.config
     layout = plan_layout(
         PoolConfig(1 << 18, 0.0, block_tokens),
-        kv_bytes_per_token=config.kv_elements_per_token * ELEMENT_BYTES,
-        row_bytes=config.embedding_dim * ELEMENT_BYTES,
+        kv_bytes_per_token=config.kv_elements_per_token * 4,
+        row_bytes=config.row_dim * 4,
         max_sequence_len=MAX_LEN,
         staging_rows=0,
     )
-    arena = PageArena(layout, config, CPU)
+    arena = PageArena(layout, config, CPU, torch.float32)
     arena.poison_pages(torch.arange(layout.num_pages))
     unused = rng.permutation(np.arange(1, layout.num_pages))
     requests: list[ScheduledRequest] = []
@@ -111,24 +113,44 @@ def attend_in_pages(
                 start=history.start,
                 row_index=np.arange(history.num_rows),
                 block_table=table,
-                event_times=history.times,
+                features=np.column_stack([history.times[:-1], history.times[1:]]),
                 task=None,
             )
         )
     batch = build_paged_batch(requests, block_tokens, CPU)
-    backend = attention_backend("torch")
-    buckets = backend.time_buckets(batch, time_bucket_edges(NUM_BUCKETS))
-    q = torch.cat([history.q[history.start :] for history in histories])
+    q, k, v = (
+        torch.cat([getattr(history, name)[history.start :] for history in histories])
+        for name in "qkv"
+    )
     with torch.inference_mode():
-        return backend.attend(q, arena.kv, LAYER, batch, bias, buckets, NORMALISER)
+        bias = model.pair_bias(batch)(LAYER)
+        return attention_backend("torch").attend(q, k, v, arena.kv, LAYER, batch, model.rule, bias)
 
 
-def make_bias(seed: int) -> RelativeBias:
-    bias = RelativeBias(MAX_LEN, NUM_BUCKETS)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in bias.parameters():
-        torch.nn.init.normal_(parameter, generator=generator)
-    return bias
+def make_model(seed: int, heads: int, dqk: int, dv: int) -> ResearchHSTU:
+    """Two layers with tables of their own."""
+    config = toy_config(
+        num_layers=2,
+        num_heads=heads,
+        dqk=dqk,
+        dv=dv,
+        max_sequence_len=MAX_LEN,
+        max_output_len=NORMALISER - MAX_LEN,
+        num_time_buckets=NUM_BUCKETS,
+    )
+    assert isinstance(config, ResearchConfig)
+    model = ResearchHSTU(config)
+    randomise(model, seed)
+    for name, parameter in model.named_parameters():
+        if ".bias." in name:  # As large as the products they are added to.
+            parameter.data.mul_(2.0)
+    return model
+
+
+def bias_of(model: ResearchHSTU) -> RelativeBias:
+    layer = model.layers[LAYER]
+    assert isinstance(layer, ResearchHSTULayer)
+    return layer.bias
 
 
 chunks = st.integers(1, MAX_LEN).flatmap(
@@ -159,10 +181,12 @@ def test_paged_attention_equals_a_dense_loop(
 ) -> None:
     rng = np.random.default_rng(seed)
     histories = [make_history(rng, **shape, start=start, num_rows=rows) for start, rows in spans]
-    bias = make_bias(seed % 1000)
+    model = make_model(seed % 1000, **shape)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_reference, "PAIRS_PER_TILE", pairs_per_tile)
-        got = attend_in_pages(rng, histories, bias, block_tokens, **shape)
+        patch.setattr(research, "_BUCKETS_PER_TILE", pairs_per_tile)
+        got = attend_in_pages(rng, histories, model, block_tokens)
+    bias = bias_of(model)
     want = np.concatenate([attend_in_a_dense_loop(history, bias) for history in histories])
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=2e-5)
 
@@ -170,10 +194,10 @@ def test_paged_attention_equals_a_dense_loop(
 def test_row_does_not_read_a_later_row_of_its_chunk() -> None:
     shape: dict[str, Any] = {"heads": 2, "dqk": 3, "dv": 5}
     history = make_history(np.random.default_rng(0), **shape, start=2, num_rows=6)
-    bias = make_bias(0)
-    before = attend_in_pages(np.random.default_rng(1), [history], bias, 4, **shape)
+    model = make_model(0, **shape)
+    before = attend_in_pages(np.random.default_rng(1), [history], model, 4)
     history.k[7], history.v[7] = 100.0, 100.0
-    after = attend_in_pages(np.random.default_rng(1), [history], bias, 4, **shape)
+    after = attend_in_pages(np.random.default_rng(1), [history], model, 4)
     assert torch.equal(before[:-1], after[:-1])
 
 

@@ -16,17 +16,17 @@ from torch import Tensor
 from model_executor.checkpoint import (
     CONFIG_FILE,
     DENSE_FILE,
-    ITEM_TABLE,
     TABLES_FILE,
     load_config,
     load_dense_weights,
-    map_item_table,
+    map_tables,
     model_version,
     save_model,
 )
 from model_executor.exceptions import ModelDirectoryError
-from model_executor.models.hstu import HSTU
-from tests.toy_models import TOY_CONFIG, toy_config, write_toy_model
+from model_executor.model_config import ITEM_TABLE
+from model_executor.models.registry import build_model
+from tests.toy_models import TOY_CONFIG, TOY_CONFIGS, random_tables, toy_config, write_toy_model
 
 CPU = torch.device("cpu")
 
@@ -45,15 +45,18 @@ def refusal(load: Callable[[], object]) -> str:
 # ---------------------------------------------------------------- round trip
 
 
-def test_saved_config_is_read_back(directory: Path) -> None:
-    assert load_config(directory) == toy_config()
+@pytest.mark.parametrize("dialect", TOY_CONFIGS)
+def test_saved_config_is_read_back(tmp_path: Path, dialect: str) -> None:
+    directory = write_toy_model(tmp_path / "toy", toy_config(dialect))
+    assert load_config(directory) == toy_config(dialect)
 
 
-def test_saved_weights_are_read_back(tmp_path: Path) -> None:
-    model = HSTU(toy_config())
+@pytest.mark.parametrize("dialect", TOY_CONFIGS)
+def test_saved_weights_are_read_back(tmp_path: Path, dialect: str) -> None:
+    model = build_model(toy_config(dialect))
     for number, parameter in enumerate(model.parameters()):
         torch.nn.init.constant_(parameter, number)
-    save_model(tmp_path, model, torch.zeros(61, 12))
+    save_model(tmp_path, model, random_tables(model.config))
     loaded = load_dense_weights(tmp_path, load_config(tmp_path), CPU)
     for (name, before), (_, after) in zip(
         model.named_parameters(), loaded.named_parameters(), strict=True
@@ -61,26 +64,39 @@ def test_saved_weights_are_read_back(tmp_path: Path) -> None:
         assert torch.equal(before, after), name
 
 
-def test_loaded_weights_take_no_gradients(directory: Path) -> None:
-    model = load_dense_weights(directory, toy_config(), CPU)
+@pytest.mark.parametrize("dialect", TOY_CONFIGS)
+def test_loaded_weights_take_no_gradients_and_all_of_them_are_there(
+    tmp_path: Path, dialect: str
+) -> None:
+    directory = write_toy_model(tmp_path / "toy", toy_config(dialect))
+    model = load_dense_weights(directory, toy_config(dialect), CPU)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    # A tensor left on the meta device, such as a constant that is in no file, cannot be read.
+    assert all(torch.isfinite(tensor).all() for tensor in (*model.parameters(), *model.buffers()))
 
 
 def test_saved_table_is_read_back(tmp_path: Path) -> None:
     table = torch.arange(61 * 12, dtype=torch.float32).view(61, 12)
-    save_model(tmp_path, HSTU(toy_config()), table)
-    assert np.array_equal(map_item_table(tmp_path, toy_config()), table.numpy())
+    save_model(tmp_path, build_model(toy_config()), {ITEM_TABLE: table})
+    (mapped,) = map_tables(tmp_path, toy_config())
+    assert np.array_equal(mapped, table.numpy())
 
 
-def test_table_is_found_behind_another_tensor_of_its_file(directory: Path) -> None:
-    table = load_file(directory / TABLES_FILE)[ITEM_TABLE]
-    tensors = {"a_wider_type_comes_first": torch.ones(3, dtype=torch.float64), ITEM_TABLE: table}
-    save_file(tensors, directory / TABLES_FILE)
-    assert np.array_equal(map_item_table(directory, toy_config()), table.numpy())
+def test_each_of_several_tables_is_found_in_their_file_in_the_order_of_the_config(
+    tmp_path: Path,
+) -> None:
+    contextual = [{"name": name, "num_rows": 4097 + n} for n, name in enumerate(("zeta", "alpha"))]
+    config = toy_config("stu", contextual=contextual)
+    tables = random_tables(config)
+    save_model(tmp_path, build_model(config), dict(reversed(tables.items())))
+    mapped = map_tables(tmp_path, config)
+    names = [ITEM_TABLE, "contextual.zeta", "contextual.alpha"]
+    for name, table in zip(names, mapped, strict=True):
+        assert np.array_equal(table, tables[name].numpy())
 
 
 def test_table_is_mapped_and_cannot_be_written(directory: Path) -> None:
-    table = map_item_table(directory, toy_config())
+    (table,) = map_tables(directory, toy_config())
     assert isinstance(table, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         table[0, 0] = 1.0
@@ -100,6 +116,25 @@ def test_copies_of_a_model_have_the_same_version(tmp_path: Path) -> None:
     assert model_version(first) == model_version(second)
 
 
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {},
+        {ITEM_TABLE: torch.zeros(60, 12)},
+        {ITEM_TABLE: torch.zeros(61, 13)},
+        {ITEM_TABLE: torch.zeros(61, 12, dtype=torch.float64)},
+        {ITEM_TABLE: torch.zeros(61, 12), "contextual.age": torch.zeros(5, 12)},
+    ],
+    ids=["missing", "too few rows", "too wide", "float64", "too many"],
+)
+def test_tables_that_are_not_the_configs_are_not_written(
+    tmp_path: Path, tables: dict[str, Tensor]
+) -> None:
+    with pytest.raises(ValueError, match=r"^tables: .*\(61, 12\)"):
+        save_model(tmp_path / "new", build_model(toy_config()), tables)
+    assert not (tmp_path / "new").exists()
+
+
 # ---------------------------------------------------------------- config.json
 
 
@@ -109,7 +144,7 @@ def write_config(directory: Path, content: str) -> None:
 
 WRONG_VALUES: dict[str, list[Any]] = {
     "model_type": ["bert", 1, None],
-    "dialect": ["stu", "nvidia", 1, None],
+    "dialect": ["fuxi", "Research", 1, None, ["research"]],
     "dtype": ["float16", 32],
     "num_items": [0, -1, 2**31 - 1, 60.0, "60", True, None],
     "embedding_dim": [0, 65_537, 12.0, "12", [12]],
@@ -156,14 +191,14 @@ def test_unknown_key_is_refused_by_name(directory: Path) -> None:
 
 
 def test_unsupported_dialect_is_named_with_the_supported_ones(directory: Path) -> None:
-    write_config(directory, json.dumps({**TOY_CONFIG, "dialect": "nvidia"}))
+    write_config(directory, json.dumps({**TOY_CONFIG, "dialect": "fuxi"}))
     message = refusal(lambda: load_config(directory))
-    assert "'nvidia' is not supported (supported: research)" in message
+    assert "'fuxi' is not supported (supported: research, stu, nvidia, sasrec)" in message
 
 
 def test_unsupported_dialect_is_named_even_if_its_other_keys_are_unknown(directory: Path) -> None:
-    write_config(directory, json.dumps({"dialect": "stu", "some_key_of_stu": 1}))
-    assert "'stu' is not supported" in refusal(lambda: load_config(directory))
+    write_config(directory, json.dumps({"dialect": "fuxi", "some_key_of_fuxi": 1}))
+    assert "'fuxi' is not supported" in refusal(lambda: load_config(directory))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"hstu"'])
@@ -187,7 +222,7 @@ def test_config_that_is_no_text_is_refused_by_file(directory: Path) -> None:
 LOADERS: dict[str, Callable[[Path], object]] = {
     CONFIG_FILE: load_config,
     DENSE_FILE: lambda directory: load_dense_weights(directory, toy_config(), CPU),
-    TABLES_FILE: lambda directory: map_item_table(directory, toy_config()),
+    TABLES_FILE: lambda directory: map_tables(directory, toy_config()),
 }
 
 
@@ -263,7 +298,7 @@ def test_weight_that_is_not_finite_is_refused_by_name(directory: Path, value: fl
 @pytest.mark.parametrize(
     ("tensors", "found"),
     [
-        ({"other": torch.ones(61, 12)}, "is missing"),
+        ({}, "is missing"),
         ({ITEM_TABLE: torch.ones(60, 12)}, "F32 [60, 12]"),
         ({ITEM_TABLE: torch.ones(61, 13)}, "F32 [61, 13]"),
         ({ITEM_TABLE: torch.ones(61 * 12)}, "F32 [732]"),
@@ -276,6 +311,28 @@ def test_table_of_wrong_kind_is_refused_by_name(
     directory: Path, tensors: dict[str, Tensor], found: str
 ) -> None:
     save_file(tensors, directory / TABLES_FILE)
-    message = refusal(lambda: map_item_table(directory, toy_config()))
+    message = refusal(lambda: map_tables(directory, toy_config()))
     assert message.startswith(f"{directory / TABLES_FILE}: tensor '{ITEM_TABLE}' ")
     assert found in message
+
+
+def test_table_that_the_model_does_not_have_is_refused_by_name(directory: Path) -> None:
+    tensors = load_file(directory / TABLES_FILE)
+    save_file({**tensors, "contextual.age": torch.ones(5, 12)}, directory / TABLES_FILE)
+    message = refusal(lambda: map_tables(directory, toy_config()))
+    assert f"{TABLES_FILE}: tensor 'contextual.age' does not belong" in message
+
+
+def test_one_of_several_tables_that_is_missing_is_refused_by_name(tmp_path: Path) -> None:
+    directory = write_toy_model(tmp_path / "toy", toy_config("stu"))
+    tensors = load_file(directory / TABLES_FILE)
+    save_file({ITEM_TABLE: tensors[ITEM_TABLE]}, directory / TABLES_FILE)
+    message = refusal(lambda: map_tables(directory, toy_config("stu")))
+    assert f"{TABLES_FILE}: tensor 'contextual.user_id' is missing" in message
+
+
+def test_file_that_names_its_origin_in_metadata_is_accepted(directory: Path) -> None:
+    tensors = load_file(directory / TABLES_FILE)
+    save_file(tensors, directory / TABLES_FILE, metadata={"format": "pt"})
+    (table,) = map_tables(directory, toy_config())
+    assert np.array_equal(table, tensors[ITEM_TABLE].numpy())

@@ -21,8 +21,10 @@ from helm_engine.exceptions import HelmError, StepFailedError
 from helm_engine.protocol import Recommendation, parse_request
 from helm_engine.recommender import Recommender
 from helm_engine.request import Request
-from model_executor.checkpoint import DENSE_FILE, ITEM_TABLE, TABLES_FILE
+from model_executor.checkpoint import DENSE_FILE, TABLES_FILE
 from model_executor.exceptions import RowsUnavailableError
+from model_executor.model_config import ITEM_TABLE
+from model_executor.models.research import ResearchHSTU
 from tests.toy_models import read_reference, toy_config, toy_engine_config, write_toy_model
 
 ITEMS = [7, 3, 3, 21, 60, 14, 9, 3, 40, 2, 33]
@@ -130,7 +132,9 @@ def test_user_that_is_not_a_number_is_an_error_and_no_answer(
     model_dir: Path, fields: dict[str, Any]
 ) -> None:
     recommender = Recommender.from_config(toy_engine_config(model_dir))
-    recommender.engine.runner.model.position_embedding.fill_(torch.nan)
+    model = recommender.engine.runner.model
+    assert isinstance(model, ResearchHSTU)
+    model.position_embedding.fill_(torch.nan)
     with pytest.raises(HelmError, match="not a number"):
         recommender.recommend(body(9, **fields))
     recommender.engine.core.check_integrity()
@@ -212,7 +216,8 @@ def assert_scores_are_right(request: Request, model_dir: Path, num_events: int) 
     assert request.error is None
     # The engine keeps candidates in ascending order, as CANDIDATES are.
     want = expected_scores(model_dir, num_events)
-    np.testing.assert_allclose(request.scores, want, rtol=1e-4, atol=1e-5)
+    assert request.scores is not None
+    np.testing.assert_allclose(request.scores[:, 0], want, rtol=1e-4, atol=1e-5)
 
 
 def test_all_requests_of_a_step_without_rows_fail_by_name(engine: FlakyEngine) -> None:

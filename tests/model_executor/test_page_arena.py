@@ -13,10 +13,12 @@ from torch import Tensor
 
 from block_manager.pool_layout import PoolConfig, PoolLayout, plan_layout
 from model_executor.model_config import ModelConfig
-from model_executor.page_arena import ELEMENT_BYTES, PageArena
+from model_executor.page_arena import PageArena
 from tests.toy_models import toy_config
 
 STAGING_ROWS = 3
+FLOAT_BYTES = 4
+CPU = torch.device("cpu")
 
 
 def make_arena(
@@ -37,13 +39,13 @@ def make_arena(
         dv=dv,
         max_sequence_len=4 * block_tokens,
     )
-    return PageArena(smallest_layout(config, block_tokens), config, torch.device("cpu"))
+    return PageArena(smallest_layout(config, block_tokens), config, CPU, torch.float32)
 
 
 def smallest_layout(config: ModelConfig, block_tokens: int) -> PoolLayout:
     """Five pages and the staging rows."""
-    kv_bytes = config.kv_elements_per_token * ELEMENT_BYTES
-    row_bytes = config.embedding_dim * ELEMENT_BYTES
+    kv_bytes = config.kv_elements_per_token * FLOAT_BYTES
+    row_bytes = config.row_dim * FLOAT_BYTES
     page_bytes = -(-max(block_tokens * kv_bytes, row_bytes) // 256) * 256
     return plan_layout(
         PoolConfig(5 * page_bytes + STAGING_ROWS * row_bytes, 0.0, block_tokens),
@@ -152,7 +154,7 @@ def test_rows_lie_one_behind_another_from_the_start_of_their_page(geometry: dict
     num_rows = len(all_slots(arena)) + STAGING_ROWS
     rows = numbered(torch.Size([num_rows, width]), first=1)
     write_all_rows(arena, rows)
-    page_elements = layout.page_bytes // ELEMENT_BYTES
+    page_elements = layout.page_bytes // FLOAT_BYTES
     starts = [
         page * page_elements + place * width
         for page in range(layout.num_pages)
@@ -177,6 +179,35 @@ def test_block_lies_within_its_page(geometry: dict[str, int]) -> None:
 def test_allocation_is_exactly_pages_and_staging() -> None:
     arena = make_arena()
     assert arena.nbytes == 5 * 512 + STAGING_ROWS * 28
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rows_and_blocks_of_another_dtype_fill_the_same_pages(dtype: torch.dtype) -> None:
+    config = toy_config(embedding_dim=7, num_layers=2, num_heads=2, dqk=3, dv=5)
+    layout = PoolLayout(
+        page_bytes=512 * dtype.itemsize // FLOAT_BYTES,
+        num_pages=5,
+        num_emb_pages=2,
+        block_tokens=4,
+        row_bytes=7 * dtype.itemsize,
+        rows_per_page=18,
+        staging_rows=STAGING_ROWS,
+    )
+    arena = PageArena(layout, config, CPU, dtype)
+    assert arena.nbytes == layout.total_bytes
+    addresses = all_row_addresses(arena)
+    # Whole numbers up to 256 are exact in all of them.
+    rows = (numbered(torch.Size([len(addresses), 7])) % 251).to(dtype)
+    write_all_rows(arena, rows)
+    assert torch.equal(arena.read_rows(addresses), rows)
+    k = (numbered(arena.kv.k.shape) % 241).to(dtype)
+    v = (numbered(arena.kv.v.shape) % 239).to(dtype)
+    arena.kv.k.copy_(k)
+    arena.kv.v.copy_(v)
+    assert torch.equal(arena.kv.k, k)
+    assert torch.equal(arena.kv.v, v)
+    arena.poison()
+    assert bool(arena.read_rows(addresses).isnan().all())
 
 
 # ---------------------------------------------------------------- gathers
@@ -263,4 +294,4 @@ def test_poisoned_slots_are_nan_and_their_neighbours_are_not() -> None:
 def test_allocation_that_the_device_has_no_room_for_is_refused_by_field() -> None:
     layout = replace(make_arena().layout, num_pages=2**45)
     with pytest.raises(ValueError, match=r"^pool_bytes: "):
-        PageArena(layout, toy_config(), torch.device("cpu"))
+        PageArena(layout, toy_config(), CPU, torch.float32)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from helm_engine.recommender import Recommender
 from model_executor.exceptions import ModelDirectoryError
-from model_executor.host_store import MemoryMappedTable
+from model_executor.host_store import MemoryMappedTables
+from model_executor.model_config import ResearchConfig
 from model_executor.models.heads import RetrievalHead
-from model_executor.models.hstu import HSTU
+from model_executor.models.research import ResearchHSTU
 from model_executor.step import Retrieval
 from tests.toy_models import read_reference, toy_config, toy_engine_config, write_toy_model
 
@@ -36,8 +37,10 @@ def random_users(number: int) -> Tensor:
 
 
 def make_head(table: Table, max_bytes: int = 1 << 23) -> RetrievalHead:
-    model = HSTU(toy_config(num_items=len(table) - 1))
-    return RetrievalHead(model, MemoryMappedTable(table), torch.device("cpu"), max_bytes)
+    config = toy_config(num_items=len(table) - 1)
+    assert isinstance(config, ResearchConfig)
+    store = MemoryMappedTables([table])
+    return RetrievalHead(ResearchHSTU(config), store, torch.device("cpu"), max_bytes)
 
 
 def retrieval(top_k: int, excluded: list[int] | None = None) -> Retrieval:

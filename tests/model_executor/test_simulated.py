@@ -35,13 +35,13 @@ def request(
         start=start,
         row_index=np.arange(num_rows),
         block_table=np.arange(1, 2),
-        event_times=np.arange(start + num_rows + 1),
+        features=np.zeros((start + num_rows, 2), dtype=np.int64),
         task=task,
     )
 
 
 def candidates(number: int) -> CandidateScoring:
-    return CandidateScoring(np.arange(number))
+    return CandidateScoring(np.arange(number), np.zeros((number, 2), dtype=np.int64))
 
 
 def step_of(*requests: ScheduledRequest, resident: int = 0, missing: int = 0) -> SchedulerOutput:
@@ -129,6 +129,6 @@ def test_every_candidate_gets_a_score_and_every_retrieval_an_answer() -> None:
         request("prefilled", 0, 1),
     )
     output = SimulatedExecutor(make_profile(), VirtualClock().advance).execute(step)
-    sizes: dict[str, Any] = {name: len(part) for name, part in output.candidate_scores.items()}
-    assert sizes == {"scored": 4}
+    shapes: dict[str, Any] = {name: part.shape for name, part in output.candidate_scores.items()}
+    assert shapes == {"scored": (4, 1)}
     assert output.retrieved.keys() == {"searched"}
