@@ -12,8 +12,6 @@ residency and reuse are taken from the first server, which sees no twins.)
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -32,6 +30,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.progress import track
 
 from benchmarks.report import benchmark_parser, write_result
+from benchmarks.server_process import served
 from examples.hstu_training import (
     evaluate,
     load_whole,
@@ -194,25 +193,13 @@ def offline_figures(dataset: MovieLens100K) -> dict[str, float]:
 
 @contextmanager
 def running_server(device: str) -> Iterator[httpx.Client]:
-    """A server of the bundled model over a small pool; it must end with status 0."""
-    serve = [sys.executable, "-m", "helm_engine.entrypoints.cli", "serve", str(MODEL_DIR)]
+    """A client of a server of the bundled model over a small pool."""
     flags = ["--pool-bytes", str(POOL_BYTES), "--emb-fraction", str(EMB_FRACTION)]
-    flags += ["--log-level", "warning"]
-    server = subprocess.Popen(
-        [*serve, "--port", "0", "--device", device, *flags], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stdout is not None
-        address = re.search(r"on (http://\S+)", server.stdout.readline())
-        if address is None:
-            raise SystemExit("the server did not start")
-        with httpx.Client(base_url=address[1], timeout=60) as client:
-            yield client
-    finally:
-        server.terminate()
-        status = server.wait(30)
-    if status:
-        raise SystemExit(f"the server ended with status {status}")
+    with (
+        served(MODEL_DIR, "--device", device, *flags) as address,
+        httpx.Client(base_url=address, timeout=60) as client,
+    ):
+        yield client
 
 
 def main() -> None:

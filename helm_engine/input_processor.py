@@ -35,8 +35,8 @@ class PreparedRequest:
     """As sent, duplicates included; empty when retrieving."""
     place_of_candidate: Int64Array
     """Where each one's score stands among the distinct candidates of the engine request."""
-    excluded: npt.NDArray[np.bool_]
-    """Candidates that must not be answered with."""
+    excluded: npt.NDArray[np.bool_] | None
+    """Candidates that must not be answered with, [candidates]; None = none of them."""
     task_names: tuple[str, ...] = ()
     """Of the scores' columns; none where items are scored by inner product."""
     rank_task: int = 0
@@ -114,7 +114,7 @@ class InputProcessor:
             top_k=top_k,
             candidate_ids=candidate_ids,
             place_of_candidate=place,
-            excluded=np.isin(candidate_ids, excluded),
+            excluded=np.isin(candidate_ids, excluded) if len(excluded) else None,
             task_names=self._task_names,
             rank_task=self._rank_task,
         )
@@ -164,9 +164,10 @@ class InputProcessor:
         Candidates of a group read one another and stay as they are.
         """
         rows, features = tokens.candidate_rows, tokens.candidate_features
-        everyone = np.arange(len(rows))
-        if self._model.candidate_group_size > 1 or len(np.unique(rows)) == len(rows):
-            return tokens, everyone
+        ordered = np.sort(rows)
+        distinct = bool((ordered[1:] != ordered[:-1]).all())
+        if distinct or self._model.candidate_group_size > 1:
+            return tokens, np.arange(len(rows))
         _, first, place = np.unique(
             np.column_stack([rows, features]), axis=0, return_index=True, return_inverse=True
         )

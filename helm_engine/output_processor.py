@@ -42,7 +42,9 @@ def _rank_candidates(prepared: PreparedRequest) -> list[RecommendedItem]:
     _refuse_nan(by_task)
     scores = by_task[:, prepared.rank_task]
     order = np.argsort(-scores, kind="stable")
-    index = order[~prepared.excluded[order]][: prepared.top_k]
+    if prepared.excluded is not None:
+        order = order[~prepared.excluded[order]]
+    index = order[: prepared.top_k]
     picked = (index.tolist(), prepared.candidate_ids[index].tolist(), scores[index].tolist())
     if not prepared.task_names:
         return list(map(RecommendedItem, *picked))

@@ -233,8 +233,7 @@ class Scheduler:
         request.first_scheduled = now
         request.num_computed = request.cached_tokens = cached
         tokens = request.tokens
-        rows = np.concatenate([tokens.rows[cached:], tokens.candidate_rows])
-        needed = np.unique(rows[rows != NO_ROW])
+        needed = _distinct(np.concatenate([tokens.rows[cached:], tokens.candidate_rows]))
         request.rows_requested = len(needed)
         request.rows_resident = int(np.sum(self.emb.lookup(needed) != NOWHERE))
         self._waiting.remove(key)
@@ -357,6 +356,16 @@ class Scheduler:
         """
         self.pool.check_integrity(self.kv.pool, self.emb)
         self.kv.check_integrity()
+
+
+def _distinct(rows: Int64Array) -> Int64Array:
+    """Distinct rows but NO_ROW, ascending; for a few hundred much faster than `np.unique`."""
+    ordered = np.sort(rows)
+    is_first = np.empty(len(ordered), dtype=np.bool_)
+    is_first[:1] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=is_first[1:])
+    is_first &= ordered != NO_ROW
+    return ordered[is_first]
 
 
 def build_scheduler(

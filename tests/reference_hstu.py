@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from model_executor.model_config import ModelConfig
+from model_executor.model_config import ResearchConfig
 
 Array = npt.NDArray[np.float64]
 
@@ -37,7 +37,7 @@ def _bucket(seconds: int, num_buckets: int) -> int:
 class ReferenceHSTU:
     """Weights by their names in `model.safetensors`, and the item table."""
 
-    config: ModelConfig
+    config: ResearchConfig
     weights: Mapping[str, Array]
     item_table: Array
 

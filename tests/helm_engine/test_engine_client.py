@@ -56,7 +56,7 @@ def test_a_withdrawn_request_frees_its_blocks() -> None:
         assert (await client.submit(make_request("next", 10))).status is RequestStatus.FINISHED
         client.close()
         pool = simulation.scheduler.kv.pool
-        assert pool.num_free_blocks == len(pool.blocks) - 1
+        assert pool.num_held_blocks == 0
 
     asyncio.run(scenario())
 

@@ -35,7 +35,7 @@ def recommender(model_dir: Path) -> Iterator[Recommender]:
     yield made
     assert not made.engine.core.has_work
     pool = made.engine.core.scheduler.kv.pool
-    assert pool.num_free_blocks == len(pool.blocks) - 1
+    assert pool.num_held_blocks == 0
     made.engine.core.check_integrity()
 
 

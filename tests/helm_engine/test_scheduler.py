@@ -18,7 +18,9 @@ from helm_engine.exceptions import (
 )
 from helm_engine.request import Request, RequestStatus
 from helm_engine.scheduler import build_scheduler
+from model_executor.capabilities import StepRules
 from model_executor.cost_profile import CostProfile
+from model_executor.inputs.features import TokenSequence
 from model_executor.simulated_executor import SimulatedExecutor
 from model_executor.step import ModelOutput, SchedulerOutput
 
@@ -52,7 +54,11 @@ class Simulation:
     """An engine core in virtual time."""
 
     def __init__(
-        self, config: SchedulerConfig | None = None, pages: int = 60, emb_fraction: float = 0.3
+        self,
+        config: SchedulerConfig | None = None,
+        pages: int = 60,
+        emb_fraction: float = 0.3,
+        rules: StepRules | None = None,
     ) -> None:
         self.config = config or SchedulerConfig(max_num_batched_tokens=256, max_num_seqs=8)
         row_bytes = 256
@@ -70,7 +76,7 @@ class Simulation:
         )
         self.clock = VirtualClock()
         self.executor = RecordingExecutor(self.clock)
-        self.scheduler = build_scheduler(self.config, layout, NUM_ITEMS)
+        self.scheduler = build_scheduler(self.config, layout, NUM_ITEMS, rules or StepRules())
         self.core = EngineCore(self.scheduler, self.executor, self.clock)
 
     def drain(self) -> list[Request]:
@@ -98,15 +104,20 @@ def make_request(
     rng = np.random.default_rng(sum((user or name).encode()))
     item_ids = rng.integers(1, NUM_ITEMS, 400)[:length]
     times = np.arange(length + 1)
+    tokens = TokenSequence(
+        rows=item_ids,
+        features=np.stack([times[:-1], times[1:]], axis=1),
+        candidate_rows=np.arange(1, candidates + 1),
+        candidate_features=np.zeros((candidates, 2), dtype=np.int64),
+        num_final=length - 1,
+    )
     hashes = []
     if user is not None:
-        features = np.stack([item_ids, times[:-1], times[1:]], axis=1)
-        hashes = hash_blocks(root_hash("m", user.encode()), features[:-1], BLOCK_TOKENS)
+        root = root_hash("m", user.encode())
+        hashes = hash_blocks(root, tokens.hash_inputs(), BLOCK_TOKENS)
     return Request(
         request_id=name,
-        item_ids=item_ids,
-        event_times=times,
-        candidate_ids=np.arange(1, candidates + 1),
+        tokens=tokens,
         top_k=10,
         excluded_ids=np.empty(0, dtype=np.int64),
         block_hashes=hashes,
@@ -143,7 +154,7 @@ def test_200_requests_in_virtual_time_all_end_with_no_page_leaked() -> None:
     assert all(request.status is RequestStatus.FINISHED for request in ended)
     assert all(request.finished_at > request.arrival for request in ended)
     pool = simulation.scheduler.kv.pool
-    assert pool.num_free_blocks == len(pool.blocks) - 1
+    assert pool.num_held_blocks == 0
     # Twelve users whose histories together exceed the pool.
     assert simulation.scheduler.stats.prefix_hits > 0
     assert pool.num_evictions > 0
@@ -182,7 +193,7 @@ def test_no_step_exceeds_the_token_budget_and_every_row_and_candidate_runs() -> 
             candidates[chunk.request_id] = candidates.get(chunk.request_id, 0) + scored
         assert tokens <= 64
     for request in requests:
-        assert rows[request.request_id] == set(range(request.num_rows))
+        assert rows[request.request_id] == set(range(request.num_tokens))
         assert candidates[request.request_id] == 90
 
 
@@ -294,7 +305,7 @@ def test_a_withdrawn_request_gives_everything_back(steps_before: int) -> None:
     assert isinstance(ended["gone"].error, RequestAbortedError)
     assert ended["stays"].status is RequestStatus.FINISHED
     pool = simulation.scheduler.kv.pool
-    assert pool.num_free_blocks == len(pool.blocks) - 1
+    assert pool.num_held_blocks == 0
 
 
 def test_a_failed_step_fails_its_requests_and_nothing_it_loaded_counts_as_resident() -> None:
@@ -325,9 +336,9 @@ def test_rows_are_counted_once_and_as_first_scheduled() -> None:
     simulation.drain()
     simulation.core.add_request(second)
     simulation.drain()
-    everything = len(set(first.item_ids.tolist()) | set(range(1, 21)))
+    everything = len(set(first.tokens.rows.tolist()) | set(range(1, 21)))
     assert (first.rows_requested, first.rows_resident) == (everything, 0)
     # Two blocks of sixteen rows are reused, so only the last event's row and the candidates count.
     assert second.cached_tokens == 32
-    needed = len(set(second.item_ids[32:].tolist()) | set(range(1, 21)))
+    needed = len(set(second.tokens.rows[32:].tolist()) | set(range(1, 21)))
     assert (second.rows_requested, second.rows_resident) == (needed, needed)

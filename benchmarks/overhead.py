@@ -1,0 +1,158 @@
+"""Time that a batch spends outside the model: scheduling, bookkeeping, and what surrounds them.
+
+A batch is 8 users with 4,096 cached tokens and 256 candidates each (`dlrmv3-mini-abs`). What is
+left of a batch's time when the model's own (gathering rows, embedding, layers, scoring) is taken
+away is `ms_per_batch`: admission, prefix lookup, block tables, row plan, the step's arrays, commit.
+With `_with_parse_and_ipc` the same batch starts as 8 JSON bodies on the event loop and ends as 8 JSON
+answers: parsing, checks, hashing, the hop to the engine's thread and back, ranking, serialising.
+Both are measured in turns; NVIDIA publishes 2 to 8 ms for the first on an H100's host
+(recsys-examples, lookup and allocation alone).
+
+    python benchmarks/overhead.py --json benchmarks/results/overhead.json
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from benchmarks.report import benchmark_parser, write_result
+from benchmarks.returning_visits import model_dir, returning_visits
+from block_manager.pool_layout import PoolConfig
+from helm_engine.async_recommender import AsyncRecommender
+from helm_engine.clock import SystemClock
+from helm_engine.config import EngineConfig, SchedulerConfig
+from helm_engine.engine_loader import LoadedEngine, load_engine
+from helm_engine.protocol import decode_request, encode_recommendation
+
+USERS = 8
+HISTORY = 4096
+REPEATS = 60
+QUICK_REPEATS = 10
+
+
+class ModelClock:
+    """Adds up the time within the model's own methods."""
+
+    def __init__(self, engine: LoadedEngine) -> None:
+        self.seconds = 0.0
+        model, arena = engine.runner.model, engine.runner.arena
+        for owner, name in (
+            (arena, "read_rows"), (model, "embed"), (model, "encode"), (model, "score"),
+        ):  # fmt: skip
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        return call
+
+    def outside(self, work: Callable[[], object]) -> float:
+        """Milliseconds that the work spends outside the model."""
+        self.seconds = 0.0
+        started = time.perf_counter()
+        work()
+        return (time.perf_counter() - started - self.seconds) * 1e3
+
+
+def cached_bodies(seed: int) -> list[bytes]:
+    """The last visits of users whose history has just reached 4,096 events."""
+    bodies: dict[bytes, bytes] = {}
+    visits = returning_visits("abs", HISTORY, returns=0, users=USERS, seed=seed)
+    while len(bodies) < USERS:
+        asked = next(visits)
+        bodies[asked.without_user] = asked.with_user
+    return list(bodies.values())
+
+
+def engine_over(directory: Path) -> LoadedEngine:
+    """An engine with room for all users' KV."""
+    config = EngineConfig(
+        directory,
+        pool=PoolConfig(pool_bytes=1 << 30),
+        scheduler=SchedulerConfig(max_num_batched_tokens=8192),
+    )
+    return load_engine(config, SystemClock())
+
+
+async def measure(seed: int, repeats: int) -> tuple[list[float], list[float]]:
+    """Milliseconds outside the model, of the core alone and of the whole way."""
+    engine = engine_over(model_dir("abs", HISTORY))
+    clock, core = ModelClock(engine), engine.core
+    bodies = cached_bodies(seed)
+
+    def core_alone(number: int) -> float:
+        prepared = [
+            engine.processor.process(decode_request(body), f"core-{number}-{place}", 0.0)
+            for place, body in enumerate(bodies)
+        ]
+
+        def run() -> None:
+            for one in prepared:
+                core.add_request(one.request)
+            core.run_until_idle()
+
+        outside = clock.outside(run)
+        if number >= 0:
+            assert all(one.request.cached_tokens == HISTORY for one in prepared)
+        return outside
+
+    core_alone(-1)  # Fills the cache.
+    alone, whole = [], []
+    for number in track(range(repeats), description=f"seed {seed}"):
+        alone.append(core_alone(number))
+        recommender = AsyncRecommender(engine, SystemClock())
+
+        async def answer(body: bytes, recommender: AsyncRecommender = recommender) -> bytes:
+            return encode_recommendation(await recommender.recommend(decode_request(body)))
+
+        clock.seconds = 0.0
+        started = time.perf_counter()
+        await asyncio.gather(*map(answer, bodies))
+        whole.append((time.perf_counter() - started - clock.seconds) * 1e3)
+        recommender.close()
+    core.check_integrity()
+    return alone, whole
+
+
+def main() -> None:
+    """Measures and writes medians with their spread."""
+    arguments = benchmark_parser(__doc__).parse_args()
+    torch.set_num_threads(1)
+    repeats = QUICK_REPEATS if arguments.quick else REPEATS
+    alone: list[float] = []
+    whole: list[float] = []
+    for seed in arguments.seeds:
+        for total, part in zip((alone, whole), asyncio.run(measure(seed, repeats)), strict=True):
+            total += part
+    figures = {
+        "ms_per_batch": float(np.median(alone)),
+        "ms_per_batch_quartiles": np.quantile(alone, [0.25, 0.75]).tolist(),
+        "ms_per_batch_with_parse_and_ipc": float(np.median(whole)),
+        "ms_per_batch_with_parse_and_ipc_quartiles": np.quantile(whole, [0.25, 0.75]).tolist(),
+        "users": USERS,
+        "cached_tokens": HISTORY,
+        "candidates": 256,
+        "batches": len(alone),
+    }
+    write_result(arguments.json, figures, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
