@@ -25,6 +25,7 @@ setup: .venv/.installed  ## Install everything into .venv
 .venv/.installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	.venv/bin/python -m helm_engine.compile_kernels
 	touch $@
 
 serve: setup  ## Serve the example model and print a request to paste

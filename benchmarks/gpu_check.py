@@ -37,7 +37,7 @@ from model_executor.model_config import ITEM_TABLE, ModelConfig, ResearchConfig,
 from model_executor.models.research import ResearchHSTU
 from tests.golden.case import read_case
 from tests.golden.runner import run_case
-from tests.reference_hstu import ReferenceHSTU
+from tests.reference import ReferenceHSTU
 from tests.toy_models import read_reference, toy_config, toy_engine_config, write_toy_model
 
 RESULTS = REPOSITORY / "benchmarks" / "results"

@@ -52,7 +52,8 @@ class ExecutorConfig:
     dtype: str = "float32"
     """Of weights, rows, K and V on the device: `float32`, or `bfloat16`, which is faster where
     the processor knows it and changes scores in the third digit."""
-    attention_backend: str = "torch"
+    attention_backend: str = "auto"
+    """`auto`: the fastest for the device; `cpu`: compiled kernels; `torch`: the reference."""
     max_retrieval_matrix_bytes: int = 1 << 30
     """Limit of the item matrix that retrieval needs beside the pool; 0 = candidates only."""
 

@@ -77,7 +77,7 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         model,
         table,
         layout,
-        attention_backend(config.executor.attention_backend),
+        attention_backend(config.executor.attention_backend, device),
         device,
         config.executor.max_retrieval_matrix_bytes,
     )

@@ -50,7 +50,7 @@ class PagedSequence:
         return self.start + self.num_rows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class PagedBatch:
     """Rows of a step, T in all, T_c of them context rows."""
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.numpy import load_file
 
 from block_manager.pool_layout import PoolConfig
 from helm_engine.config import EngineConfig, SchedulerConfig
-from model_executor.checkpoint import DENSE_FILE, TABLES_FILE, load_config, save_model
-from model_executor.model_config import ITEM_TABLE, ModelConfig, ResearchConfig, parse_model_config
+from model_executor.checkpoint import load_config, save_model
+from model_executor.model_config import ITEM_TABLE, ModelConfig, parse_model_config
 from model_executor.models.registry import build_model
 from model_executor.models.sequence_model import SequenceModel
-from tests.reference_hstu import ReferenceHSTU
+from tests.reference import ReferenceHSTU, load_reference
 
 TOY_CONFIG: dict[str, Any] = {
     "model_type": "hstu",
@@ -120,16 +118,10 @@ def write_toy_model(directory: Path, config: ModelConfig, seed: int = 0) -> Path
 
 
 def read_reference(directory: Path) -> ReferenceHSTU:
-    """The slow reference over a model directory's own files."""
-    weights = load_file(directory / DENSE_FILE)
-    table = load_file(directory / TABLES_FILE)[ITEM_TABLE]
-    config = load_config(directory)
-    assert isinstance(config, ResearchConfig)
-    return ReferenceHSTU(
-        config,
-        {name: weight.astype(np.float64) for name, weight in weights.items()},
-        table.astype(np.float64),
-    )
+    """The slow reference over a `research` model directory's own files."""
+    reference = load_reference(directory)
+    assert isinstance(reference, ReferenceHSTU)
+    return reference
 
 
 def toy_engine_config(

@@ -52,9 +52,9 @@ class EngineOptions:
     dtype: Annotated[
         str, typer.Option(help="What is computed and cached in: float32 or bfloat16.")
     ] = _EXECUTOR.dtype
-    attention_backend: Annotated[str, typer.Option(help="How attention is computed: torch.")] = (
-        _EXECUTOR.attention_backend
-    )
+    attention_backend: Annotated[
+        str, typer.Option(help="How attention is computed: auto, cpu or torch.")
+    ] = _EXECUTOR.attention_backend
     max_retrieval_matrix_bytes: Annotated[
         str,
         typer.Option(help="Limit of the item matrix of retrieval; 0 = candidates only."),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from block_manager.pool_layout import plan_layout
-from model_executor.attention.registry import attention_backend, default_backend
+from model_executor.attention.registry import attention_backend
 from model_executor.capabilities import capabilities_of
 from model_executor.model_config import ModelConfig, parse_model_config
 from model_executor.models.registry import build_model
@@ -75,7 +75,7 @@ class _Stack:
         )
         self.arena = PageArena(self.layout, self.config, self.device, torch.float32)
         self.arena.poison()
-        self.attention = attention_backend(default_backend(self.device))
+        self.attention = attention_backend("auto", self.device)
         lengths = np.array([user.context for user in users])
         self.tables = _scattered_tables(lengths, self.layout.num_pages)
 

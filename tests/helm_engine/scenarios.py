@@ -23,14 +23,14 @@ class Scenario:
     num_rounds: int
 
 
-def _contextual(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """Features with tables in the pool and small ones, some of them for long sequences only."""
+def _contextual(draw: st.DrawFn, minima: list[int]) -> list[dict[str, Any]]:
+    """Features with tables in the pool and small ones, and their minima of a sequence's length."""
     sizes = draw(st.lists(st.sampled_from([5, 11, 5000]), max_size=3))
     return [
         {
             "name": f"about_{place}",
             "num_rows": size,
-            "min_sequence_len": draw(st.sampled_from([0, 15, 25])),
+            "min_sequence_len": draw(st.sampled_from(minima)),
         }
         for place, size in enumerate(sizes)
     ]
@@ -41,7 +41,7 @@ def _stu(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "table_dim": draw(st.sampled_from([8, 11])),
         "features": [{"name": f"of_{place}", "num_rows": 6} for place in range(num_features)],
-        "contextual": _contextual(draw),
+        "contextual": _contextual(draw, [0, 15, 25]),
         "rank_by": draw(st.sampled_from([None, "dwell"])),
         "num_action_bits": draw(st.integers(1, 6)),
         "num_positions": draw(st.sampled_from([12, 64])),
@@ -59,7 +59,7 @@ def _nvidia(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "dqk": width,
         "dv": width,
-        "contextual": _contextual(draw) if draw(st.booleans()) else [],
+        "contextual": _contextual(draw, [0]) if draw(st.booleans()) else [],
         "rank_by": draw(st.sampled_from([None, "like"])),
         "num_position_buckets": draw(st.sampled_from([9, 64])),
         "scaling_seqlen": draw(st.sampled_from([10, 60])),

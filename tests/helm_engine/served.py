@@ -35,6 +35,11 @@ def largest_error(got: Array, want: Array) -> float:
     return float(np.max(np.abs(got - want) / np.maximum(1.0, np.abs(want))))
 
 
+ROUNDINGS = 40
+"""A pass also rounds what it computes between weights. On a model found by search that moves by 7e-7
+with the last digit of its weights, torch's arithmetic is off by 11 times that, ours by 29 times."""
+
+
 @dataclass(frozen=True)
 class Served:
     """An engine over few pages, freed ones poisoned, with the reference of its model."""
@@ -58,7 +63,7 @@ class Served:
         self.scheduler.check_integrity()
         for body, answer in zip(bodies, answers, strict=True):
             error = largest_error(self._scores(body, answer), self.reference.answer(body))
-            assert error <= TOLERANCE or error <= self._shaken(body), (error, body)
+            assert error <= TOLERANCE or error <= ROUNDINGS * self._shaken(body), (error, body)
         return [answer.usage for answer in answers]
 
     def _shaken(self, body: dict[str, Any]) -> float:

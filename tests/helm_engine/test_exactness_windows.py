@@ -66,15 +66,16 @@ def test_a_client_that_sends_the_window_alone_reuses_what_the_whole_history_left
 
 
 @keeps_kv
+@pytest.mark.parametrize(("start_index", "length"), [(11, 32), (2, 20)])
 def test_a_client_that_cut_its_history_above_the_anchor_is_told_so_and_read_as_sent(
-    dialect: str, tmp_path: Path
+    dialect: str, start_index: int, length: int, tmp_path: Path
 ) -> None:
     served = serve(tmp_path, toy_config(dialect, anchor_stride=8))
-    client = Client(served.config, num_events=32)
+    client = Client(served.config, num_events=length)
     candidates = client.candidates(9)
-    served.ask(client.request(candidates, length=30))
-    usage = served.ask(client.request(candidates, start_index=11))
-    assert usage.history_tokens == 21 * served.config.tokens_per_event
+    served.ask(client.request(candidates, length=length - 2))
+    usage = served.ask(client.request(candidates, start_index=start_index))
+    assert usage.history_tokens == (length - start_index) * served.config.tokens_per_event
     assert usage.cached_tokens == 0
     assert usage.reuse_blocked == ReuseBlocked.WINDOW_SHIFTED
 

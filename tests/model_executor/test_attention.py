@@ -124,7 +124,9 @@ def attend_in_pages(
     )
     with torch.inference_mode():
         bias = model.pair_bias(batch)(LAYER)
-        return attention_backend("torch").attend(q, k, v, arena.kv, LAYER, batch, model.rule, bias)
+        return attention_backend("torch", torch.device("cpu")).attend(
+            q, k, v, arena.kv, LAYER, batch, model.rule, bias
+        )
 
 
 def make_model(seed: int, heads: int, dqk: int, dv: int) -> ResearchHSTU:
@@ -203,7 +205,7 @@ def test_row_does_not_read_a_later_row_of_its_chunk() -> None:
 
 def test_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"attention_backend: 'flash' .*torch"):
-        attention_backend("flash")
+        attention_backend("flash", torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- time buckets

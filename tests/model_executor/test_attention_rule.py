@@ -197,7 +197,9 @@ def test_paged_attention_equals_plain_loops_under_every_rule(
     arena, batch, (q, k, v) = lay_out(rng, users, block_tokens)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(torch_reference, "PAIRS_PER_TILE", pairs_per_tile)
-        got = attention_backend("torch").attend(q, k, v, arena.kv, LAYER, batch, rule)
+        got = attention_backend("torch", torch.device("cpu")).attend(
+            q, k, v, arena.kv, LAYER, batch, rule
+        )
     np.testing.assert_allclose(got.numpy(), wanted(rule, users), rtol=1e-4, atol=2e-5)
 
 
@@ -211,7 +213,7 @@ def test_last_layer_computes_the_rows_that_are_scored_with_and_no_others(last_ro
     narrowed, picked = batch.narrow(last_rows)
     ends = [5, 10, 11] if last_rows else []
     assert picked.tolist() == [*ends, *range(12, 19)]
-    backend = attention_backend("torch")
+    backend = attention_backend("torch", torch.device("cpu"))
     with torch.inference_mode():
         whole = backend.attend(q, k, v, arena.kv, LAYER, batch, rule)
         few = backend.attend(q[picked], k, v, arena.kv, LAYER, narrowed, rule)
@@ -234,7 +236,9 @@ def readers_of(rule: AttentionRule, length: int, num_candidates: int) -> dict[in
         user.v[other] = 1.0
         arena, batch, (q, k, v) = lay_out(np.random.default_rng(1), [user], 4)
         with torch.inference_mode():
-            attended = attention_backend("torch").attend(q, k, v, arena.kv, LAYER, batch, rule)
+            attended = attention_backend("torch", torch.device("cpu")).attend(
+                q, k, v, arena.kv, LAYER, batch, rule
+            )
         for row, value in enumerate(attended[:, 0, 0].tolist()):
             found[row] += "x" if value else "."
     return found

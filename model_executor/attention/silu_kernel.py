@@ -1,0 +1,228 @@
+"""SiLU attention of all sequences of a step, compiled.
+
+A strip of a few queries meets a tile of keys: the scores, which stay in the first cache, become
+weights in place, and the weighted values are added to the strip's sums. What a query reads is an
+interval of keys, whatever the rule, so that a tile is skipped, or whole, or cut for each query.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from model_executor.attention.silu_intervals import keys_read, list_queries
+from model_executor.attention.silu_memory import (
+    Bias,
+    Constants,
+    Floats,
+    Scratch,
+    Step,
+    as_float,
+    pack_queries,
+    pack_tile,
+    padded,
+    write_sums,
+)
+from model_executor.attention.silu_tile import (
+    COLUMNS,
+    LANES,
+    ROWS,
+    biased_silu_pass,
+    block_product,
+    compiled,
+    silu,
+    silu_pass,
+    use_wide_vectors,
+)
+
+
+@compiled
+def _attend_span(
+    head: int,
+    span: Any,
+    num_strips: int,
+    step: Step,
+    constants: Constants,
+    scratch: Scratch,
+    bias: Bias,
+) -> None:
+    """Writes what the queries of a span read, for one head."""
+    use_wide_vectors()
+    pack_queries(head, num_strips, step.q, constants, scratch)
+    scratch.sums[: num_strips * ROWS * padded(constants.dv)] = 0
+    has_groups = span.num_candidates > 0 and constants.group_size > 1
+    for own in range(2 if has_groups else 1):
+        low, high = keys_read(own * num_strips, num_strips, scratch)
+        # Tiles of about the same width, since a narrow one costs as much at its borders.
+        num_tiles = max(1, -(-(high - low) // constants.keys_per_tile))
+        width = padded(max(1, -(-(high - low) // num_tiles)))
+        for first in range(low, high, width):
+            end = min(first + width, high)
+            pack_tile(head, span, first, end, own == 1, step, constants, scratch)
+            _attend_tile(first, end, num_strips, own, constants, scratch, bias)
+    if not has_groups:
+        _attend_alone(head, span, step, constants, scratch.sums)
+    write_sums(head, num_strips, step.attended, constants, scratch)
+
+
+@compiled
+def _attend_tile(
+    tile_first: int,
+    tile_end: int,
+    num_strips: int,
+    own: int,
+    constants: Constants,
+    scratch: Scratch,
+    bias: Bias,
+) -> None:
+    """Adds what all strips read of a tile of keys."""
+    use_wide_vectors()
+    lows, highs, all_from, all_to = scratch.lows, scratch.highs, scratch.all_from, scratch.all_to
+    queries, keys, scores = scratch.queries, scratch.keys, scratch.scores
+    values, sums = scratch.values, scratch.sums
+    width, dqk, dv = constants.keys_per_tile, constants.dqk, padded(constants.dv)
+    for strip in range(num_strips):
+        listed = own * num_strips + strip
+        low = max(lows[listed] - tile_first, 0)
+        high = min(highs[listed], tile_end) - tile_first
+        if low >= high:
+            continue
+        begin, stop = low // COLUMNS * COLUMNS, padded(high)
+        at = strip * ROWS * dqk
+        for key in range(begin, stop, COLUMNS):
+            block_product(
+                queries, at, 1, ROWS, keys, key * dqk, COLUMNS, scores, key, width, dqk, False
+            )
+        is_whole = all_from[listed] <= tile_first and all_to[listed] >= tile_end
+        if is_whole and tile_end - tile_first == width and bias.num_keys == 0:
+            silu_pass(scores, 0, ROWS * width)
+        else:
+            _weigh_by_row(listed, strip, tile_first, begin, stop, width, scratch, bias)
+        depth = stop - begin
+        for column in range(0, dv, COLUMNS):
+            value, total = begin * dv + column, strip * ROWS * dv + column
+            block_product(scores, begin, width, 1, values, value, dv, sums, total, dv, depth, True)
+
+
+@compiled
+def _weigh_by_row(
+    listed: int,
+    strip: int,
+    tile_first: int,
+    begin: int,
+    stop: int,
+    width: int,
+    scratch: Scratch,
+    bias: Bias,
+) -> None:
+    """Makes weights of a strip's scores in columns begin .. stop - 1, 0 where nobody reads."""
+    use_wide_vectors()
+    scores, firsts, ends, biases = scratch.scores, scratch.firsts, scratch.ends, bias.array
+    for row in range(ROWS):
+        first = min(max(firsts[listed * ROWS + row] - tile_first, begin), stop)
+        end = min(max(ends[listed * ROWS + row] - tile_first, first), stop)
+        # From and to whole vectors, which are quicker; what is too much is cleared.
+        aligned = first // LANES * LANES
+        number = -(-end // LANES) * LANES - aligned
+        at = row * width
+        if bias.num_keys > 0:
+            bias_at = (strip * ROWS + row) * bias.num_keys + tile_first - bias.first_key + aligned
+            number = min(number, biases.size - bias_at)
+            biased_silu_pass(scores, at + aligned, number, biases, bias_at)
+        else:
+            silu_pass(scores, at + aligned, number)
+        for column in range(begin, first):
+            scores[np.uintp(at + column)] = 0
+        for column in range(end, stop):
+            scores[np.uintp(at + column)] = 0
+
+
+@compiled
+def _attend_alone(head: int, span: Any, step: Step, constants: Constants, sums: Floats) -> None:
+    """Adds what candidates read of themselves, where each is a group of its own."""
+    use_wide_vectors()
+    q, k, v = step.q, step.k, step.v
+    q_array, k_array, v_array = q.array, k.array, v.array
+    size = padded(constants.dv)
+    place = span.num_queries * size
+    for candidate in range(span.num_candidates):
+        row = span.first_candidate + candidate
+        q_at = (span.first_candidate_query + candidate) * q.row + head * q.head
+        score = _dot(q_array, q_at, k_array, row * k.row + head * k.head, constants.dqk)
+        weight = silu(np.float32(score * constants.score_factor))
+        v_at = row * v.row + head * v.head
+        for i in range(constants.dv):
+            sums[np.uintp(place + i)] += weight * as_float(v_array, v_at + i)
+        place += size
+
+
+@njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
+def _dot(a: Any, a_at: int, b: Any, b_at: int, n: int) -> Any:
+    """Product of two vectors, whose sum may be taken in any order."""
+    total = np.float32(0.0)
+    for i in range(n):
+        total += as_float(a, a_at + i) * as_float(b, b_at + i)
+    return total
+
+
+def _kernel(sources: int) -> Any:
+    """Makes the kernel; see below for `sources`."""
+
+    def attend(
+        first_head: int,
+        end_head: int,
+        spans: npt.NDArray[np.void],
+        step: Step,
+        constants: Constants,
+        scratch: Scratch,
+        bias: Bias,
+    ) -> int:
+        use_wide_vectors()
+        for place in range(spans.size):
+            span = spans[place]
+            num_strips = list_queries(span, constants, scratch)
+            for head in range(first_head, end_head):
+                _attend_span(head, span, num_strips, step, constants, scratch, bias)
+        return sources
+
+    return njit(cache=True, nogil=True)(attend)
+
+
+def _digest() -> int:
+    """Stands for the other files that are compiled into the kernel."""
+    names = ("silu_intervals.py", "silu_memory.py", "silu_tile.py")
+    text = b"".join((Path(__file__).parent / name).read_bytes() for name in names)
+    return int.from_bytes(hashlib.sha256(text).digest()[:7])
+
+
+# What is compiled is kept on disk until this file changes. That the digest is a constant of the
+# kernel makes it so for the other files too.
+_attend = _kernel(_digest())
+
+
+def attend_heads(
+    first_head: int,
+    end_head: int,
+    spans: npt.NDArray[np.void],
+    step: Step,
+    constants: Constants,
+    scratch: Scratch,
+    bias: Bias,
+) -> None:
+    """Writes what the queries of all spans read, for heads first_head .. end_head - 1.
+
+    Args:
+        first_head: the first head.
+        end_head: the head behind the last.
+        spans: `SPAN` [spans].
+        step: what is read and written.
+        constants: of the model.
+        scratch: enough for the span with the most queries.
+        bias: added to scores; with one there is a single span, and it has no candidates.
+    """
+    _attend(first_head, end_head, spans, step, constants, scratch, bias)
