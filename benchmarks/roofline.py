@@ -79,10 +79,17 @@ def seconds(work: Callable[[], object]) -> float:
     return time.thread_time() - begin
 
 
-def attention(
-    shape: Shape, dtype: torch.dtype, backend: AttentionBackend, seed: int
-) -> Callable[[], Tensor]:
-    """A call that attends random rows."""
+@dataclass(frozen=True)
+class Layer:
+    """A layer's attention of random rows."""
+
+    project: Callable[[], object]
+    """Makes the step's rows anew, as a layer does just before: they lie in nearer caches then."""
+    attend: Callable[[], object]
+
+
+def make_layer(shape: Shape, dtype: torch.dtype, backend: AttentionBackend, seed: int) -> Layer:
+    """One sequence, its prefix in pages in random order."""
     generator = torch.Generator().manual_seed(seed)
     length = shape.start + shape.num_rows
     num_pages = -(-length // BLOCK_TOKENS)
@@ -90,8 +97,11 @@ def attention(
     kv_shape = (num_pages, 1, BLOCK_TOKENS, HEADS, WIDTH)
     kv = PagedKV(*(torch.randn(kv_shape, generator=generator).to(dtype) for _ in range(2)))
     num_rows = shape.num_rows + shape.num_candidates
-    # As a model makes them: slices of the rows of one projection.
-    projected = torch.randn(num_rows, 4 * HEADS * WIDTH, generator=generator).to(dtype)
+    width = HEADS * WIDTH
+    hidden = torch.randn(num_rows, width, generator=generator).to(dtype)
+    weight = torch.randn(width, 4 * width, generator=generator).to(dtype) / width**0.5
+    projected = torch.empty(num_rows, 4 * width, dtype=dtype)
+    torch.mm(hidden, weight, out=projected)
     _, v, q, k = projected.unflatten(1, (4, HEADS, WIDTH)).unbind(1)
     places = torch.arange(shape.start, length)
     page_ids, page_offsets = table[places // BLOCK_TOKENS], places % BLOCK_TOKENS
@@ -113,7 +123,10 @@ def attention(
     features = np.zeros((num_rows, 1), dtype=np.int64)
     batch = PagedBatch(shape.num_rows, positions, features, page_ids, page_offsets, (sequence,))
     rule = AttentionRule("silu", scale=WIDTH**-0.5, normaliser=max(LENGTHS))
-    return lambda: backend.attend(q, k, v, kv, 0, batch, rule)
+    return Layer(
+        project=lambda: torch.mm(hidden, weight, out=projected),
+        attend=lambda: backend.attend(q, k, v, kv, 0, batch, rule),
+    )
 
 
 def matrix_product(size: int, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -140,11 +153,12 @@ def measure(
     product = matrix_product(size, DTYPES[dtype])
     attention_rates, gemm_rates = [], []
     for seed in seeds:
-        attend = attention(shape, DTYPES[dtype], backend, seed)
-        attend()  # Compiles what there is to compile and sizes the memory.
+        layer = make_layer(shape, DTYPES[dtype], backend, seed)
+        layer.attend()  # Compiles what there is to compile and sizes the memory.
         for _ in range(repeats):
             gemm_rates.append(2 * size**3 / seconds(product) / 1e9)
-            attention_rates.append(shape.useful_flops / seconds(attend) / 1e9)
+            layer.project()
+            attention_rates.append(shape.useful_flops / seconds(layer.attend) / 1e9)
     fractions = np.array(attention_rates) / np.array(gemm_rates)
     return {
         "shape": shape.name,

@@ -76,6 +76,11 @@ class EmbeddingCache:
         return len(self._slots)
 
     @property
+    def num_rows(self) -> int:
+        """Rows that may be asked for."""
+        return len(self._slot_of_row)
+
+    @property
     def is_settled(self) -> bool:
         """Whether every slot is either free or holds a row: no step has slots reserved."""
         return self._num_free + self._num_resident == len(self._slots)

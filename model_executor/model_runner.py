@@ -155,13 +155,7 @@ class ModelRunner:
 
     def _load_rows(self, plan: RowPlan) -> Tensor:
         """Copies the missing rows to the device; returns the address of every row of the plan."""
-        slots = to_device(plan.slots, self._device)
-        staging = to_device(plan.staging, self._device)
-        addresses = torch.where(
-            slots != NOWHERE,
-            self.arena.slot_addresses(slots),
-            self.arena.staging_addresses(staging),
-        )
+        addresses = to_device(self.arena.addresses(plan.slots, plan.staging), self._device)
         admitted = np.flatnonzero(~plan.resident & (plan.slots != NOWHERE))
         staged = np.flatnonzero(plan.staging != NOWHERE)
         if len(admitted):

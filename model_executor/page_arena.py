@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from block_manager.pool_layout import PoolLayout
 from model_executor.model_config import ModelConfig
+from model_executor.step import Int64Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +109,19 @@ class PageArena:
         """Bytes of the allocation."""
         return self._storage.untyped_storage().nbytes()
 
-    def slot_addresses(self, slots: Tensor) -> Tensor:
-        """Addresses of row slots (page * rows_per_page + place), int64 [n]."""
+    def addresses(self, slots: Int64Array, staging: Int64Array) -> Int64Array:
+        """Addresses of rows, int64 [n], on the host: of their slots, or else of staging.
+
+        Args:
+            slots: page * rows_per_page + place, int64 [n]; negative where a row is in staging.
+            staging: place in staging, int64 [n]; read where there is no slot.
+        """
         per_page = self.layout.rows_per_page
         page_stride = self._page_elements // self._address_stride
         row_stride = self._row_elements // self._address_stride
-        pages = torch.div(slots, per_page, rounding_mode="floor")
-        return pages * page_stride + (slots - pages * per_page) * row_stride
-
-    def staging_addresses(self, indices: Tensor) -> Tensor:
-        """Addresses of staging rows, int64 [n]."""
-        first = self.layout.num_pages * (self._page_elements // self._address_stride)
-        return indices * (self._row_elements // self._address_stride) + first
+        pages, places = np.divmod(slots, per_page)
+        behind = self.layout.num_pages * page_stride + staging * row_stride
+        return np.where(slots >= 0, pages * page_stride + places * row_stride, behind)
 
     def read_rows(self, addresses: Tensor) -> Tensor:
         """Copies the rows at these addresses: float [n, D]."""

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from block_manager.distinct_rows import NO_ROW as NO_ROW
 from block_manager.embedding_cache import RowPlan
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
-
-NO_ROW = -1
-"""In place of a row: this token takes no row of the pool."""
 
 
 @dataclass(frozen=True, slots=True)

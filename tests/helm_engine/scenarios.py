@@ -116,6 +116,7 @@ def scenarios(draw: st.DrawFn, dialect: str) -> Scenario:
             "num_pages": 1 + -(-longest // block_tokens) + draw(st.integers(0, 25)),
             "emb_fraction": draw(st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0])),
             "block_tokens": block_tokens,
+            "attention": draw(st.sampled_from(["auto", "torch"])),
             "max_num_batched_tokens": max(2, fewest_tokens) + draw(st.integers(0, 60)),
             "max_num_seqs": draw(st.integers(1, 6)),
         },

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from helm_engine.config import ExecutorConfig
 from helm_engine.protocol import Recommendation, Usage, parse_request
 from helm_engine.recommender import Recommender
 from helm_engine.request import Request
@@ -36,8 +37,8 @@ def largest_error(got: Array, want: Array) -> float:
 
 
 ROUNDINGS = 40
-"""A pass also rounds what it computes between weights. On a model found by search that moves by 7e-7
-with the last digit of its weights, torch's arithmetic is off by 11 times that, ours by 29 times."""
+"""A pass also rounds what it computes between weights. On a model found by search that moves by
+7e-7 with the last digit of its weights, torch's arithmetic is 11 times as far off, ours 29."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,20 @@ class Served:
         return largest_error(request.scores.astype(np.float64), self.reference.answer(body))
 
 
-def serve(directory: Path, config: ModelConfig, seed: int = 0, **engine: Any) -> Served:
+def serve(
+    directory: Path, config: ModelConfig, seed: int = 0, attention: str = "auto", **engine: Any
+) -> Served:
     """Writes a toy model with random weights and loads it."""
     path = directory / "toy"
     model = build_model(config)
     randomise(model, seed)
     _raise_attention(model)
     save_model(path, model, random_tables(config, seed))
-    recommender = Recommender.from_config(toy_engine_config(path, **{"num_pages": 40} | engine))
+    engine_config = replace(
+        toy_engine_config(path, **{"num_pages": 40} | engine),
+        executor=ExecutorConfig(attention_backend=attention),
+    )
+    recommender = Recommender.from_config(engine_config)
     return Served(path, config, recommender, load_reference(path))
 
 

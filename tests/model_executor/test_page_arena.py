@@ -75,14 +75,23 @@ def all_elements(arena: PageArena) -> Tensor:
     return flat
 
 
+def slot_addresses(arena: PageArena, slots: Tensor) -> Tensor:
+    return torch.from_numpy(arena.addresses(slots.numpy(), np.zeros(len(slots), np.int64)))
+
+
+def staging_addresses(arena: PageArena, places: Tensor) -> Tensor:
+    nowhere = np.full(len(places), -1, dtype=np.int64)
+    return torch.from_numpy(arena.addresses(nowhere, places.numpy()))
+
+
 def all_slots(arena: PageArena) -> Tensor:
     return torch.arange(arena.layout.num_pages * arena.layout.rows_per_page)
 
 
 def all_row_addresses(arena: PageArena) -> Tensor:
     """Every slot of every page, then all staging rows."""
-    staging = arena.staging_addresses(torch.arange(STAGING_ROWS))
-    return torch.cat([arena.slot_addresses(all_slots(arena)), staging])
+    staging = staging_addresses(arena, torch.arange(STAGING_ROWS))
+    return torch.cat([slot_addresses(arena, all_slots(arena)), staging])
 
 
 def write_all_rows(arena: PageArena, rows: Tensor) -> None:
@@ -137,7 +146,7 @@ def test_rows_and_blocks_of_different_pages_share_no_memory(
     arena.write_slots(slots, rows[: len(slots)])
     arena.write_staging(staging, rows[len(slots) :])
     arena.kv.v[~of_rows] = v
-    addresses = torch.cat([arena.slot_addresses(slots), arena.staging_addresses(staging)])
+    addresses = torch.cat([slot_addresses(arena, slots), staging_addresses(arena, staging)])
     assert torch.equal(arena.read_rows(addresses), rows)
     assert torch.equal(arena.kv.k[~of_rows], k)
     assert torch.equal(arena.kv.v[~of_rows], v)
@@ -229,13 +238,13 @@ def test_rows_are_written_to_slots_in_any_order() -> None:
     rows = numbered(torch.Size([len(order), 7]))
     for slot in order:
         arena.write_slots(slot.view(1), rows[slot].view(1, 7))
-    assert torch.equal(arena.read_rows(arena.slot_addresses(order)), rows[order])
+    assert torch.equal(arena.read_rows(slot_addresses(arena, order)), rows[order])
 
 
 def test_read_rows_are_copies() -> None:
     arena = make_arena()
     slot = torch.tensor([5])
-    row = arena.read_rows(arena.slot_addresses(slot))
+    row = arena.read_rows(slot_addresses(arena, slot))
     arena.write_slots(slot, torch.ones(1, 7))
     assert not row.any()
 
