@@ -4,10 +4,10 @@ A batch is 8 users with 4,096 cached tokens and 256 candidates each (`dlrmv3-min
 left of a batch's time when the model's own (gathering rows, embedding, layers, scoring) is taken
 away is `ms_per_batch`: admission, prefix lookup, block tables, row plan, the step's arrays, commit.
 With `_with_parse_and_ipc` the same batch starts as 8 JSON bodies on the event loop and ends as 8
-JSON answers of the best 32 items: parsing, checks, hashing, the hop to the engine's thread and back, ranking,
-serialising. Both are measured in turns. Blocks hold 32 tokens, as NVIDIA's pages do, whose manager
-takes 2 to 8 ms for lookup and allocation alone (recsys-examples, on an H100's host); the engine's
-default of 16 is shown beside it.
+JSON answers of the best 32 items: parsing, checks, hashing, the hop to the engine's thread and
+back, ranking, serialising. Both are measured in turns. Blocks hold 32 tokens, as NVIDIA's pages do,
+whose manager takes 2 to 8 ms for lookup and allocation alone (recsys-examples, on an H100's host);
+the engine's default of 16 is shown beside it.
 
     python benchmarks/overhead.py --json benchmarks/results/overhead.json
 """
