@@ -15,6 +15,7 @@ the engine's default of 16 is shown beside it.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
 import time
@@ -120,6 +121,8 @@ async def measure(seed: int, repeats: int, block_tokens: int) -> tuple[list[floa
         return outside
 
     core_alone(-1)  # Fills the cache.
+    gc.collect()
+    gc.freeze()  # As the server does after its start.
     alone, whole = [], []
     for number in track(range(repeats), description=f"blocks of {block_tokens}, seed {seed}"):
         alone.append(core_alone(number))

@@ -267,10 +267,13 @@ class Scheduler:
         plan = self.emb.plan(rows.row_ids, rows.counts)
         self.stats.row_queries += len(rows.row_ids)
         self.stats.row_hits += int(plan.resident.sum())
-        lengths = [share.num_rows + share.num_candidates for share in shares]
-        parts = np.split(rows.places, np.cumsum(lengths)[:-1])
+        scheduled, first = [], 0
+        for share in shares:
+            end = first + share.num_rows + share.num_candidates
+            scheduled.append(self._schedule_share(share, rows.places[first:end]))
+            first = end
         return SchedulerOutput(
-            requests=tuple(map(self._schedule_share, shares, parts)),
+            requests=tuple(scheduled),
             rows=plan,
             dead_blocks=self.kv.pool.take_dead_blocks(),
             dead_slots=self.emb.take_dead_slots(),

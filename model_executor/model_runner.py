@@ -244,9 +244,9 @@ def _scorings(
 
 def _by_request(requests: tuple[ScheduledRequest, ...], scores: Tensor) -> dict[str, Float32Array]:
     """Splits a step's scores [C, tasks] among its requests."""
-    found = _scorings(requests)
-    if not found:
-        return {}
-    ends = np.cumsum([len(task.row_index) for _, task in found])[:-1]
-    parts = np.split(scores.cpu().numpy(), ends)
-    return {requests[place].request_id: part for (place, _), part in zip(found, parts, strict=True)}
+    on_host, parts, first = scores.cpu().numpy(), {}, 0
+    for place, task in _scorings(requests):
+        end = first + len(task.row_index)
+        parts[requests[place].request_id] = on_host[first:end]
+        first = end
+    return parts
