@@ -58,7 +58,8 @@ setup(
     install_requires=[
         "torch>=2.10",
         "numpy>=2.0",
-        "numba>=0.60",
+        "numba>=0.68",
+        "llvmlite>=0.50",
         "safetensors>=0.4.3",
         "fastapi>=0.115",
         "uvicorn>=0.30",

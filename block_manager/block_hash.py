@@ -1,8 +1,8 @@
 """Hashes of KV blocks, each over all that stands before the block's end: equal hashes, equal KV.
 
 A block's hash covers the root and every model-visible input of its rows and of all rows before
-them. The root covers the model's version, the contextual values and a keyed hash of the user, so
-KV is never shared between users or models and the plain user id never leaves the front.
+them. The root covers the model's version and a keyed hash of the user, so KV is never shared
+between users or models and the plain user id never leaves the front.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ def user_digest(user: str, key: bytes) -> bytes:
     return hashlib.blake2b(user.encode(), key=key, digest_size=16).digest()
 
 
-def root_hash(model_version: str, user: bytes, context: bytes = b"") -> BlockHash:
+def root_hash(model_version: str, user: bytes) -> BlockHash:
     """What the hashes of a history begin with.
 
     Args:
         model_version: digest of the weights and tables.
         user: from `user_digest`.
-        context: the request's contextual values, encoded; empty for models that take none.
     """
     digest = hashlib.sha256(_FORMAT)
-    for part in (model_version.encode(), user, context):
+    for part in (model_version.encode(), user):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return BlockHash(digest.digest())

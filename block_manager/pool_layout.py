@@ -76,7 +76,7 @@ def plan_layout(
     *,
     kv_bytes_per_token: int,
     row_bytes: int,
-    max_sequence_len: int,
+    max_context_tokens: int,
     staging_rows: int,
 ) -> PoolLayout:
     """Cuts the pool.
@@ -90,12 +90,12 @@ def plan_layout(
     block_bytes = config.block_tokens * kv_bytes_per_token
     page_bytes = -(-max(block_bytes, row_bytes) // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
     staging_bytes = staging_rows * row_bytes
-    kv_floor = 1 + -(-max_sequence_len // config.block_tokens)
+    kv_floor = 1 + -(-max_context_tokens // config.block_tokens)
     needed = staging_bytes + kv_floor * page_bytes
     if config.pool_bytes < needed:
         raise PoolTooSmallError(
             f"pool_bytes: {config.pool_bytes} is too small; this model needs at least {needed} "
-            f"({kv_floor} pages of {page_bytes} for one history of {max_sequence_len} events, "
+            f"({kv_floor} pages of {page_bytes} for one context of {max_context_tokens} tokens, "
             f"{staging_bytes} for staging)"
         )
     num_pages = (config.pool_bytes - staging_bytes) // page_bytes

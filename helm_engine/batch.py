@@ -94,9 +94,10 @@ def _parse_line(number: int, raw: bytes) -> _Line:
     custom_id = parsed.get("custom_id")
     if not isinstance(custom_id, str):
         return bad(None, "custom_id", "must be a string")
-    if parsed.get("method") != "POST":
+    method, url = parsed.get("method"), parsed.get("url")
+    if not isinstance(method, str) or method != "POST":
         return bad(custom_id, "method", "must be POST")
-    if parsed.get("url") not in _URLS:
+    if not isinstance(url, str) or url not in _URLS:
         return bad(custom_id, "url", f"must be one of {', '.join(_URLS)}")
     if "body" not in parsed:
         return bad(custom_id, "body", "is missing")

@@ -35,8 +35,8 @@ class SchedulerConfig:
         Raises:
             ValueError: names the field and its limit.
         """
-        # A request's last row and at least one candidate must fit into one step.
-        _require_at_least("max_num_batched_tokens", self.max_num_batched_tokens, 2)
+        # What one step must hold at least depends on the model: see `StepRules.min_tokens`.
+        _require_at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _require_at_least("max_num_seqs", self.max_num_seqs, 1)
         _require_at_least("max_num_waiting", self.max_num_waiting, 1)
         if not self.patience_ms >= 0.0:
@@ -75,7 +75,7 @@ class RequestLimits:
     max_body_bytes: int = 16 << 20
     """Bytes of a request's body; larger ones are refused (413) before they are parsed."""
     max_history_events: int = 65_536
-    """Events one history may bring; the model reads the newest of them."""
+    """Events one history may bring; the model's config says which of them are read."""
     max_candidates: int = 4096
     max_top_k: int = 4096
 

@@ -47,7 +47,7 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     Args:
         config: the engine's.
         clock: what deadlines and queueing times are measured with.
-        table: host tier of the item table; the directory's memory-mapped file by default.
+        table: host tier of the pooled tables; the directory's memory-mapped file by default.
 
     Raises:
         ModelDirectoryError: the directory cannot be served.
@@ -70,7 +70,7 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         config.pool,
         kv_bytes_per_token=model_config.kv_elements_per_token * dtype.itemsize,
         row_bytes=model_config.row_dim * dtype.itemsize,
-        max_sequence_len=model_config.max_context_tokens,
+        max_context_tokens=model_config.max_context_tokens,
         staging_rows=config.scheduler.max_num_batched_tokens,
     )
     runner = ModelRunner(
@@ -91,6 +91,16 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     for name, capability in capabilities.describe().items():
         logger.info("%s: %s, because %s", name, capability["value"], capability["reason"])
     _log_memory(runner, layout, bound)
+    if (
+        not rules.chunkable
+        and config.scheduler.max_num_batched_tokens < model_config.max_context_tokens
+    ):
+        logger.warning(
+            "contexts are computed in one step: those of more than %d tokens are refused, the "
+            "model reads up to %d (max_num_batched_tokens)",
+            config.scheduler.max_num_batched_tokens,
+            model_config.max_context_tokens,
+        )
     processor = InputProcessor(
         model=model_config,
         capabilities=capabilities,

@@ -119,10 +119,15 @@ class FeatureReader:
                     f"context.{name}: required, this model reads it", f"context.{name}"
                 )
         ids = [
-            _ids(f"context.{feature.name}", [sent[feature.name]], feature.num_rows, indexed=False)
-            for feature in known
+            _ids(f"context.{one.name}", [_plain(sent[one.name])], one.num_rows, indexed=False)
+            for one in known
         ]
         return np.concatenate([*ids, np.empty(0, dtype=np.int64)])
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's integers as Python's."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def _ids(field: str, sent: object, num_rows: int, indexed: bool = True) -> Int64Array:

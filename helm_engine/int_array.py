@@ -28,13 +28,14 @@ def to_int_array(value: object) -> npt.NDArray[np.int64]:
             raise PydanticCustomError("int_array", "must be an array of integers")
         if value.dtype == np.uint64 and len(value) and int(value.max()) > MAX_INTEGER:
             raise _refused(int(value.argmax()))
-        array = value.astype(np.int64, copy=False)
+        # A copy: the caller may fill the array anew while the request is in flight.
+        array = value.astype(np.int64)
     elif isinstance(value, list | tuple):
         strange = next((place for place, one in enumerate(value) if type(one) is not int), None)
         if strange is not None:
             raise PydanticCustomError(
                 "int_array", "must be an integer, not of type {value}",
-                {"index": strange, "value": type(value[strange]).__name__},
+                {"index": strange, "value": _type_name(value[strange])},
             )  # fmt: skip
         try:
             array = np.array(value, dtype=np.int64)
@@ -47,6 +48,11 @@ def to_int_array(value: object) -> npt.NDArray[np.int64]:
     if len(beyond_limit):
         raise _refused(int(beyond_limit[0]))
     return array
+
+
+def _type_name(value: object) -> str:
+    """In a client's words."""
+    return "array" if isinstance(value, np.ndarray | list | tuple) else type(value).__name__
 
 
 def _refused(index: int) -> PydanticCustomError:

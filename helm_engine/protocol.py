@@ -17,7 +17,7 @@ Seconds = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
 
 def _as_array(value: object) -> object:
     """A list or an array as it is; a tuple as a list."""
-    if isinstance(value, np.ndarray | list):
+    if isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 1):
         return value
     if isinstance(value, tuple):
         return list(value)
@@ -62,7 +62,10 @@ class History(_Events):
 
 
 class Candidates(_Events):
-    """The items to score now; duplicates are kept and scored alike."""
+    """The items to score now; duplicates are kept.
+
+    They are scored alike, unless the model's candidates read one another in groups.
+    """
 
 
 class RecommendRequest(_Strict):
@@ -170,11 +173,17 @@ class ErrorBody(BaseModel):
 
 def error_body(error: HelmError) -> ErrorBody:
     """What a client is told about an error."""
+    param = None if error.param is None else _printable(error.param)
     return ErrorBody(
         error=ErrorDetail(
-            message=str(error), type=error.error_type, param=error.param, code=error.status
+            message=_printable(str(error)), type=error.error_type, param=param, code=error.status
         )
     )
+
+
+def _printable(text: str) -> str:
+    """Half a surrogate pair, which JSON can carry and UTF-8 cannot, as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def field_path(location: Sequence[int | str]) -> str:

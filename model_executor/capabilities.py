@@ -49,10 +49,13 @@ class StepRules:
     """The context's last row is what candidates are scored with: each step that scores computes
     it, and it is never taken from the cache."""
 
+    shortest_context: int = 1
+    """Tokens of a context with one event, where it must come in one chunk."""
+
     @property
     def min_tokens(self) -> int:
         """Tokens that a step must have room for."""
-        return self.microbatch_unit + self.recomputes_last_row
+        return max(self.microbatch_unit + self.recomputes_last_row, self.shortest_context)
 
 
 def step_rules(config: ModelConfig, capabilities: Capabilities) -> StepRules:
@@ -61,6 +64,11 @@ def step_rules(config: ModelConfig, capabilities: Capabilities) -> StepRules:
         chunkable=bool(capabilities.chunkable.value),
         microbatch_unit=capabilities.microbatch_unit.value,
         recomputes_last_row=not config.candidates_in_sequence,
+        shortest_context=(
+            1
+            if capabilities.chunkable.value
+            else config.num_contextual_tokens + config.tokens_per_event
+        ),
     )
 
 
@@ -69,16 +77,27 @@ def capabilities_of(config: ModelConfig) -> Capabilities:
     return Capabilities(_reuse(config), _chunks(config), _micro_batches(config))
 
 
+def _has_open_rows(config: ModelConfig) -> bool:
+    """Whether there are contextual rows that read the whole history."""
+    opens = isinstance(config, NvidiaConfig) or (
+        isinstance(config, StuConfig) and config.contextual_rows_see_history
+    )
+    return opens and config.num_contextual_tokens > 0
+
+
 def _context_reads_ahead(config: ModelConfig) -> bool:
     """Whether contextual rows that read the whole history reach its rows' K and V.
 
     K and V of the first layer are projections of the inputs. Those of the second layer's
     contextual rows hold the whole history, and every later row reads them.
     """
-    opens = isinstance(config, NvidiaConfig) or (
-        isinstance(config, StuConfig) and config.contextual_rows_see_history
-    )
-    return opens and config.num_contextual_tokens > 0 and config.num_layers > 1
+    return _has_open_rows(config) and config.num_layers > 1
+
+
+_ONE_LAYER = (
+    "contextual rows read the whole history, but with one layer no K and V are made of what they "
+    "read: K and V of a row are projections of its own inputs"
+)
 
 
 _READS_AHEAD = (
@@ -104,6 +123,8 @@ def _reuse(config: ModelConfig) -> Capability:
             f"{config.normaliser}: all rows but the last depend on earlier events and on the "
             "next event's time alone, which the block hashes cover",
         )
+    if _has_open_rows(config):
+        return Capability(True, _ONE_LAYER)
     return Capability(
         True,
         "positions count from the oldest event read and attention is causal with no factor that "
@@ -115,6 +136,8 @@ def _reuse(config: ModelConfig) -> Capability:
 def _chunks(config: ModelConfig) -> Capability:
     if _context_reads_ahead(config):
         return Capability(False, _READS_AHEAD)
+    if _has_open_rows(config):
+        return Capability(True, _ONE_LAYER)
     return Capability(True, "attention is causal, so no row's K and V depend on a later one")
 
 

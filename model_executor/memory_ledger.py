@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model_executor.attention.torch_reference import PAIRS_PER_TILE
-from model_executor.model_config import ModelConfig, NvidiaConfig, ResearchConfig, StuConfig
+from model_executor.model_config import (
+    SMALL_TABLE_ROWS,
+    ModelConfig,
+    NvidiaConfig,
+    ResearchConfig,
+    SASRecConfig,
+    StuConfig,
+)
 from model_executor.models.heads import SCORES_PER_PASS
 
 _PAIR_BYTES = 32
@@ -56,7 +63,7 @@ def activation_bound(
     buckets = 2 * max_tokens * longest if isinstance(config, ResearchConfig) else 0
     users_scored = max(1, min(max_seqs, SCORES_PER_PASS // config.num_items))
     retrieval = 2 * 4 * users_scored * config.num_items if retrieves else 0
-    elements = max_tokens * row + 2 * gathered
+    elements = max_tokens * row + 2 * gathered + _small_table_elements(config)
     return element_bytes * elements + attention + 2 * buckets + retrieval
 
 
@@ -67,4 +74,14 @@ def _perceptron_elements(config: ModelConfig) -> int:
         return 4 * widest + (2 + len(config.features)) * config.table_dim + 4 * config.embedding_dim
     if isinstance(config, NvidiaConfig):
         return 2 * max(config.prediction_head) + 2 * config.embedding_dim
+    if isinstance(config, SASRecConfig):
+        return 2 * config.ffn_dim + 4 * config.embedding_dim
     return 0
+
+
+def _small_table_elements(config: ModelConfig) -> int:
+    """Numbers of the small tables, which are laid end to end in each step that reads them."""
+    rows = config.num_actions if isinstance(config, NvidiaConfig) else 0
+    for feature in config.contextual_features:
+        rows += feature.num_rows if feature.num_rows <= SMALL_TABLE_ROWS else 0
+    return rows * config.row_dim

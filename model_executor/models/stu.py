@@ -134,9 +134,11 @@ class StuHSTU(RankingModel):
             vectors = torch.where(pooled, rows, tables[small])
         void = to_device(context_rows == VOID, device).unsqueeze(1)
         vectors = vectors.masked_fill(void, 0.0)
-        place = to_device(features[:, CONTEXT], device)
-        mapped = torch.bmm(vectors.unsqueeze(1), self.contextual_weight[place]).squeeze(1)
-        return mapped + self.contextual_bias[place]
+        mapped = rows.new_empty(len(rows), self.config.embedding_dim)
+        for feature in range(len(self.config.contextual)):
+            own = to_device(np.flatnonzero(features[:, CONTEXT] == feature), device)
+            mapped[own] = vectors[own] @ self.contextual_weight[feature]
+        return mapped + self.contextual_bias[to_device(features[:, CONTEXT], device)]
 
     def score(self, encoded: Tensor, rows: Tensor, batch: PagedBatch) -> Tensor:
         """Probabilities of binary tasks, raw values of the others, float32 [C, tasks]."""

@@ -13,7 +13,7 @@ from block_manager.block_hash import BlockHash, hash_blocks, root_hash, user_dig
 
 BLOCK_TOKENS = 3
 NUM_FEATURES = 3
-ROOT = root_hash("model", b"user", b"context")
+ROOT = root_hash("model", b"user")
 
 int64s = st.integers(-(2**63), 2**63 - 1)
 rows = st.tuples(int64s, int64s, int64s)
@@ -83,12 +83,10 @@ def test_hash_does_not_depend_on_how_the_features_lie_in_memory() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        root_hash("model 2", b"user", b"context"),
-        root_hash("model", b"user 2", b"context"),
-        root_hash("model", b"user", b"context 2"),
-        root_hash("model", b"user"),
+        root_hash("model 2", b"user"),
+        root_hash("model", b"user 2"),
     ],
-    ids=["model version", "user", "context", "no context"],
+    ids=["model version", "user"],
 )
 def test_chain_under_another_root_shares_no_hash(other: BlockHash) -> None:
     history: Rows = [(1, 2, 3)] * 4 * BLOCK_TOKENS
@@ -96,7 +94,6 @@ def test_chain_under_another_root_shares_no_hash(other: BlockHash) -> None:
 
 
 def test_root_tells_apart_parts_that_read_alike_when_joined() -> None:
-    assert root_hash("m", b"use", b"r") != root_hash("m", b"us", b"er")
     assert root_hash("mu", b"ser") != root_hash("m", b"user")
 
 

@@ -19,7 +19,7 @@ def layout_of(
     block_tokens: int = 4,
     kv_bytes_per_token: int = 100,
     row_bytes: int = 48,
-    max_sequence_len: int = 10,
+    max_context_tokens: int = 10,
     staging_rows: int = 5,
 ) -> PoolLayout:
     """By default: pages of 512 bytes (400 used), 10 rows each, 240 bytes of staging."""
@@ -27,7 +27,7 @@ def layout_of(
         PoolConfig(pool_bytes, emb_fraction, block_tokens),
         kv_bytes_per_token=kv_bytes_per_token,
         row_bytes=row_bytes,
-        max_sequence_len=max_sequence_len,
+        max_context_tokens=max_context_tokens,
         staging_rows=staging_rows,
     )
 
@@ -97,7 +97,7 @@ def test_pool_one_byte_too_small_is_refused_with_the_bytes_needed() -> None:
     block_tokens=st.integers(1, 40),
     kv_bytes_per_token=st.integers(1, 3000),
     row_bytes=st.integers(1, 3000),
-    max_sequence_len=st.integers(1, 500),
+    max_context_tokens=st.integers(1, 500),
     staging_rows=st.integers(0, 500),
 )
 def test_bytes_that_the_refusal_names_are_enough_and_one_less_is_not(**sizes: int) -> None:
@@ -118,7 +118,7 @@ def test_bytes_that_the_refusal_names_are_enough_and_one_less_is_not(**sizes: in
     block_tokens=st.integers(1, 16),
     kv_bytes_per_token=st.integers(1, 300),
     row_bytes=st.integers(1, 600),
-    max_sequence_len=st.integers(1, 50),
+    max_context_tokens=st.integers(1, 50),
     staging_rows=st.integers(0, 50),
 )
 def test_any_layout_fits_the_pool_and_keeps_the_floor(
@@ -134,7 +134,7 @@ def test_any_layout_fits_the_pool_and_keeps_the_floor(
     assert 0 <= layout.page_tail_bytes < layout.row_bytes
     assert layout.num_emb_pages <= emb_fraction * layout.num_pages
     # Apart from the null block, KV has room for a longest history.
-    assert (layout.num_kv_pages - 1) * layout.block_tokens >= sizes["max_sequence_len"]
+    assert (layout.num_kv_pages - 1) * layout.block_tokens >= sizes["max_context_tokens"]
 
 
 # ---------------------------------------------------------------- an operator's mistakes

@@ -85,3 +85,8 @@ def test_the_model_card_shows_the_figures_of_the_training_run() -> None:
         for convention in ("removed", "kept"):
             for figure in result[split][convention].values():
                 assert f"{figure:.4f}".lstrip("0") in card
+
+
+def test_no_placeholder_is_left_in_a_document() -> None:
+    documents = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    assert [path.name for path in documents if "@@" in path.read_text(encoding="utf-8")] == []

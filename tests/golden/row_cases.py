@@ -70,7 +70,7 @@ class _Stack:
             pool,
             kv_bytes_per_token=self.config.kv_elements_per_token * ELEMENT_BYTES,
             row_bytes=self.config.row_dim * ELEMENT_BYTES,
-            max_sequence_len=self.config.max_context_tokens,
+            max_context_tokens=self.config.max_context_tokens,
             staging_rows=0,
         )
         self.arena = PageArena(self.layout, self.config, self.device, torch.float32)

@@ -51,13 +51,14 @@ def test_every_line_is_answered_in_order_and_bad_ones_become_error_lines(
         line("no body", None),
         line("wrong url", good, url="/v1/embeddings"),
         line("wrong method", good, method="GET"),
+        line("arrays", good, method=[1, 2], url=[]),
         json.dumps({"custom_id": 7}),
         line("good again", good),
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     done = run(model_dir, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.strip().endswith("2 answered, 8 failed")
+    assert done.stderr.strip().endswith("2 answered, 9 failed")
 
     answers = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(a["custom_id"], a["response"]["status_code"]) for a in answers] == [
@@ -69,6 +70,7 @@ def test_every_line_is_answered_in_order_and_bad_ones_become_error_lines(
         ("no body", 400),
         ("wrong url", 400),
         ("wrong method", 400),
+        ("arrays", 400),
         (None, 400),
         ("good again", 200),
     ]

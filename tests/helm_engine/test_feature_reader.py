@@ -12,7 +12,7 @@ import pytest
 from helm_engine.exceptions import InvalidRequestError
 from helm_engine.feature_reader import FeatureReader
 from helm_engine.history_window import window_of
-from helm_engine.protocol import parse_request
+from helm_engine.protocol import error_body, parse_request
 from model_executor.inputs.features import RequestFeatures
 from tests.toy_models import TOY_CONFIGS, toy_config
 
@@ -332,3 +332,9 @@ def test_request_before_the_last_event_is_refused(dialect: str) -> None:
 def test_long_wrong_value_is_not_repeated_at_length() -> None:
     error = refusal(changed(BODY, "context.user_id", "x" * 10_000))
     assert len(str(error)) < 200
+
+
+def test_a_name_that_utf8_cannot_carry_is_answered_with_its_escape() -> None:
+    error = refusal({**BODY, "context": {**BODY["context"], "\ud800": 3}})
+    detail = json.loads(error_body(error).model_dump_json())["error"]
+    assert detail["param"] == "context.\\ud800"

@@ -91,3 +91,10 @@ def test_lists_tuples_and_arrays_become_the_same_array(values: list[int]) -> Non
         array = to_int_array(value)
         assert array.dtype == np.int64
         assert array.tolist() == values
+
+
+def test_an_array_of_the_callers_is_copied() -> None:
+    own = np.array([1, 2, 3])
+    taken = to_int_array(own)
+    own[:] = 0
+    assert taken.tolist() == [1, 2, 3]

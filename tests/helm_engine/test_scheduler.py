@@ -71,7 +71,7 @@ class Simulation:
             ),
             kv_bytes_per_token=1024,
             row_bytes=row_bytes,
-            max_sequence_len=400,
+            max_context_tokens=400,
             staging_rows=self.config.max_num_batched_tokens,
         )
         self.clock = VirtualClock()

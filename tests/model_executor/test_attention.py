@@ -92,7 +92,7 @@ def attend_in_pages(
         PoolConfig(1 << 18, 0.0, block_tokens),
         kv_bytes_per_token=config.kv_elements_per_token * 4,
         row_bytes=config.row_dim * 4,
-        max_sequence_len=MAX_LEN,
+        max_context_tokens=MAX_LEN,
         staging_rows=0,
     )
     arena = PageArena(layout, config, CPU, torch.float32)
@@ -136,7 +136,7 @@ def make_model(seed: int, heads: int, dqk: int, dv: int) -> ResearchHSTU:
         num_heads=heads,
         dqk=dqk,
         dv=dv,
-        max_sequence_len=MAX_LEN,
+        max_context_tokens=MAX_LEN,
         max_output_len=NORMALISER - MAX_LEN,
         num_time_buckets=NUM_BUCKETS,
     )

@@ -106,7 +106,7 @@ def lay_out(
         PoolConfig(1 << 19, 0.0, block_tokens),
         kv_bytes_per_token=config.kv_elements_per_token * 4,
         row_bytes=config.row_dim * 4,
-        max_sequence_len=MAX_LEN,
+        max_context_tokens=MAX_LEN,
         staging_rows=0,
     )
     arena = PageArena(layout, config, CPU, torch.float32)

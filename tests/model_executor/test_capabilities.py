@@ -87,9 +87,9 @@ def test_reason_of_a_group_names_its_size() -> None:
         ("research", StepRules(True, 1, True), 2),
         ("sasrec", StepRules(True, 1, True), 2),
         ("stu", StepRules(True, 1, False), 1),
-        ("open stu", StepRules(False, 1, False), 1),
+        ("open stu", StepRules(False, 1, False, 3), 3),
         ("nvidia in groups", StepRules(True, 4, False), 4),
-        ("open nvidia in groups", StepRules(False, 3, False), 3),
+        ("open nvidia in groups", StepRules(False, 3, False, 3), 3),
     ],
 )
 def test_rules_of_the_scheduler_follow_from_them(

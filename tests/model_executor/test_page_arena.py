@@ -51,7 +51,7 @@ def smallest_layout(config: ModelConfig, block_tokens: int) -> PoolLayout:
         PoolConfig(5 * page_bytes + STAGING_ROWS * row_bytes, 0.0, block_tokens),
         kv_bytes_per_token=kv_bytes,
         row_bytes=row_bytes,
-        max_sequence_len=config.max_sequence_len,
+        max_context_tokens=config.max_sequence_len,
         staging_rows=STAGING_ROWS,
     )
 
