@@ -50,8 +50,8 @@ class ExecutorConfig:
     device: str = "cpu"
     """A torch device: `cpu`, `cuda` or `cuda:1`."""
     dtype: str = "float32"
-    """Of weights, rows, K and V on the device: `float32`, or `bfloat16`, which is faster where
-    the processor knows it and changes scores in the third digit."""
+    """Of weights, rows, K and V on the device: `float32`, or `bfloat16`, which is faster where the
+    processor knows it and rounds scores (docs/benchmarks.md has the error)."""
     attention_backend: str = "auto"
     """`auto`: the fastest for the device; `cpu`: compiled kernels; `torch`: the reference."""
     max_retrieval_matrix_bytes: int = 1 << 30
