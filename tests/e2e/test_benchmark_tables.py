@@ -1,0 +1,87 @@
+"""Tables and figures of README.md and docs/benchmarks.md are those of the result files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from tests.e2e.running_server import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGE = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def result(name: str) -> Any:
+    path = REPOSITORY / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %")
+
+
+def with_range(value: float, around: list[float]) -> str:
+    return f"{value:.2f} ({around[0]:.2f} to {around[1]:.2f})"
+
+
+def serving_ratios() -> Iterator[str]:
+    serving = result("serving")
+    ceilings = {cell["workload"]: cell["flop_ceiling"] for cell in serving["cells"]}
+    for name, ratios in serving["ratios_by_workload"].items():
+        gain = with_range(ratios["throughput_vs_batched"], ratios["throughput_vs_batched_95"])
+        share = percent(ratios["share_of_flop_ceiling"])
+        yield (
+            f"| `{name}` | {gain} | {ceilings[name]:.2f} | {share} | "
+            f"{ratios['p99_vs_batched']:.2f} |"
+        )
+
+
+def rows() -> Iterator[str]:
+    yield from serving_ratios()
+    for cell in result("serving")["cells"]:
+        yield (
+            f"| `{cell['workload']}` | {cell['system']} | {cell['requests_per_s']:.1f} | "
+            f"{cell['p50_ms']:.1f} | {cell['p99_ms']:.1f} | "
+            f"{percent(cell['cached_token_share'])} | {percent(cell['row_hit_share'])} |"
+        )
+    overhead = result("overhead")
+    for one in (overhead, *overhead["ablation"].values()):
+        core = with_range(one["ms_per_batch"], one["ms_per_batch_quartiles"])
+        whole = with_range(
+            one["ms_per_batch_with_parse_and_ipc"],
+            one["ms_per_batch_with_parse_and_ipc_quartiles"],
+        )
+        yield f"| {one['block_tokens']} | {core} | {whole} |"
+    for cell in result("roofline")["cells"]:
+        yield (
+            f"| {cell['shape']} | {cell['tokens']} | {cell['dtype']} | {cell['gflops']:.0f} | "
+            f"{cell['gemm_gflops']:.0f} | {cell['fraction']:.2f} |"
+        )
+    for cell in result("bfloat16")["cells"]:
+        gain = with_range(cell["throughput_vs_float32"], cell["throughput_vs_float32_95"])
+        yield (
+            f"| `{cell['workload']}` | {gain} | {cell['largest_relative_error']:.3f} | "
+            f"{cell['mean_relative_error']:.4f} | {percent(cell['top_10_agreement'])} |"
+        )
+
+
+def test_the_page_shows_every_cell() -> None:
+    assert [row for row in rows() if row not in PAGE] == []
+
+
+def test_the_readme_shows_the_ratios_of_every_workload() -> None:
+    assert [row for row in serving_ratios() if row not in README] == []
+
+
+def test_both_show_what_loadgen_found() -> None:
+    loadgen = result("loadgen")
+    for text in (" ".join(README.split()), " ".join(PAGE.split())):
+        assert f"{loadgen['offline_samples_per_s']:.0f} samples/s" in text
+        assert f"{loadgen['server_qps_p99_80ms']:.0f} queries/s" in text
+
+
+def test_every_result_says_where_it_comes_from() -> None:
+    for path in (REPOSITORY / "benchmarks" / "results").glob("*.json"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert {"command", "machine", "versions", "seeds"} <= found.keys(), path.name
