@@ -88,19 +88,8 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         retrieves=runner.retrieval_head is not None,
         element_bytes=dtype.itemsize,
     )
-    for name, capability in capabilities.describe().items():
-        logger.info("%s: %s, because %s", name, capability["value"], capability["reason"])
     _log_memory(runner, layout, bound)
-    if (
-        not rules.chunkable
-        and config.scheduler.max_num_batched_tokens < model_config.max_context_tokens
-    ):
-        logger.warning(
-            "contexts are computed in one step: those of more than %d tokens are refused, the "
-            "model reads up to %d (max_num_batched_tokens)",
-            config.scheduler.max_num_batched_tokens,
-            model_config.max_context_tokens,
-        )
+    _log_capabilities(capabilities, model_config, config)
     processor = InputProcessor(
         model=model_config,
         capabilities=capabilities,
@@ -112,15 +101,10 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         can_retrieve=runner.retrieval_head is not None,
     )
     _warm_up(config, processor, layout, runner, rules)
-    if config.poison_freed_memory:
+    poisons = config.poison_freed_memory
+    if poisons:
         runner.arena.poison()
-    scheduler = build_scheduler(
-        config.scheduler,
-        layout,
-        table.num_rows,
-        rules,
-        track_dead=config.poison_freed_memory,
-    )
+    scheduler = build_scheduler(config.scheduler, layout, table.num_rows, rules, poisons)
     return LoadedEngine(
         config=config,
         model_config=model_config,
@@ -179,6 +163,19 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {name!r} is not there ({torch.cuda.device_count()} GPUs found)")
     return device
+
+
+def _log_capabilities(capabilities: Capabilities, model: ModelConfig, config: EngineConfig) -> None:
+    for name, capability in capabilities.describe().items():
+        logger.info("%s: %s, because %s", name, capability["value"], capability["reason"])
+    limit, longest = config.scheduler.max_num_batched_tokens, model.max_context_tokens
+    if not capabilities.chunkable.value and limit < longest:
+        logger.warning(
+            "contexts are computed in one step: those of more than %d tokens are refused, the "
+            "model reads up to %d (max_num_batched_tokens)",
+            limit,
+            longest,
+        )
 
 
 def _log_memory(runner: ModelRunner, layout: PoolLayout, bound: int) -> None:

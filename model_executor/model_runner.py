@@ -203,7 +203,7 @@ class ModelRunner:
         """Products of each user's last row and its candidates' pool rows: float32 [C, 1]."""
         found = _scorings(requests)
         if not found:
-            return users.new_empty(0, 1)
+            return torch.empty(0, 1)
         rows = np.concatenate([task.row_index for _, task in found])
         places = addresses[to_device(rows, self._device)]
         items = model.normalise_item(self.arena.read_rows(places))

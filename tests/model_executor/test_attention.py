@@ -136,7 +136,7 @@ def make_model(seed: int, heads: int, dqk: int, dv: int) -> ResearchHSTU:
         num_heads=heads,
         dqk=dqk,
         dv=dv,
-        max_context_tokens=MAX_LEN,
+        max_sequence_len=MAX_LEN,
         max_output_len=NORMALISER - MAX_LEN,
         num_time_buckets=NUM_BUCKETS,
     )
