@@ -37,12 +37,13 @@ from benchmarks.report import benchmark_parser, write_result
 from benchmarks.returning_visits import NUM_CANDIDATES, Asked, model_dir, returning_visits
 from block_manager.pool_layout import PoolConfig
 from examples.dlrmv3_mini import Variant
+from helm_engine.body_codec import decode_request, encode_answer
 from helm_engine.clock import SystemClock
 from helm_engine.config import EngineConfig, ExecutorConfig, SchedulerConfig
 from helm_engine.engine_loader import LoadedEngine, load_engine
 from helm_engine.input_processor import PreparedRequest
 from helm_engine.output_processor import build_recommendation
-from helm_engine.protocol import Recommendation, decode_request, encode_recommendation
+from helm_engine.protocol import Recommendation
 
 LOAD = 0.7
 """Share of the throughput of `caches_off` at which latencies are taken."""
@@ -107,12 +108,12 @@ class System:
         if prepared.request.error is not None:
             raise prepared.request.error
         answer = build_recommendation(prepared, self.name)
-        encode_recommendation(answer)
+        encode_answer(answer)
         return answer
 
     def count(self, answer: Recommendation) -> None:
         """Adds one measured answer's usage."""
-        usage, config = answer.usage, self.engine.model_config
+        usage, config = answer.usage, self.engine.served.model_config
         self.history_tokens += usage.history_tokens
         self.cached_tokens += usage.cached_tokens
         self.rows_requested += usage.rows_requested
