@@ -70,11 +70,15 @@ setup(
         "rich>=13.7",
     ],
     extras_require={
+        "client": ["httpx>=0.27", "anyio>=4.4", "msgspec>=0.19"],
         "bench": ["mlcommons-loadgen>=5.0"],
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",
             "httpx>=0.27",
+            "anyio>=4.4",
+            "msgspec>=0.19",
+            "openai>=2.0",
             "ruff>=0.9",
             "mypy>=1.14",
             "pre-commit>=3.7",
