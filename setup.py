@@ -73,11 +73,15 @@ setup(
     ],
     extras_require={
         "otel": ["opentelemetry-sdk>=1.25", "opentelemetry-exporter-otlp-proto-http>=1.25"],
+        "client": ["httpx>=0.27", "anyio>=4.4", "msgspec>=0.19"],
         "bench": ["mlcommons-loadgen>=5.0"],
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",
             "httpx>=0.27",
+            "anyio>=4.4",
+            "msgspec>=0.19",
+            "openai>=2.0",
             "ruff>=0.9",
             "mypy>=1.14",
             "pre-commit>=3.7",

@@ -251,6 +251,7 @@ def import_afresh(modules: list[str], heavy: set[str]) -> subprocess.CompletedPr
     ("module", "heavy"),
     [
         ("helm_engine.protocol", {"torch", "fastapi", "numba"}),
+        ("helm_engine.client", {"torch", "fastapi", "numba"}),
         ("model_executor.step", {"torch", "fastapi"}),
     ],
 )
