@@ -12,7 +12,8 @@ class RecommendParams(TypedDict, total=False):
     """Fields of `helm_engine.protocol.RecommendRequest`, which says what they mean.
 
     Arrays are sequences of integers or one-dimensional NumPy arrays of any integer dtype. None is
-    as good as absent. Only the server checks them: it knows the model.
+    as good as absent. Only the server checks them: it knows the model. `fields` is missing: a
+    `Recommendation` is whole.
     """
 
     model: str | None
