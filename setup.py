@@ -65,11 +65,14 @@ setup(
         "uvicorn>=0.30",
         "pydantic>=2.7",
         "pysimdjson>=6.0",
+        "msgspec>=0.19",
+        "pyzmq>=26",
         "prometheus-client>=0.20",
         "typer>=0.12.4",
         "rich>=13.7",
     ],
     extras_require={
+        "otel": ["opentelemetry-sdk>=1.25", "opentelemetry-exporter-otlp-proto-http>=1.25"],
         "client": ["httpx>=0.27", "anyio>=4.4", "msgspec>=0.19"],
         "bench": ["mlcommons-loadgen>=5.0"],
         "dev": [

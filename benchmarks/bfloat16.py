@@ -22,15 +22,8 @@ import torch
 from rich.progress import Progress
 
 from benchmarks.report import benchmark_parser, write_result
-from benchmarks.returning_visits import returning_visits
-from benchmarks.serving import (
-    WORKLOADS,
-    Workload,
-    build_system,
-    measured_batches,
-    spread,
-    timed_batch,
-)
+from benchmarks.serving import build_system, measured_batches, spread, timed_batch
+from benchmarks.workloads import GENERATED, Workload
 from helm_engine.protocol import Recommendation
 
 BATCHES = 12
@@ -60,9 +53,7 @@ def run_workload(
             build_system("float32", workload, "float32", reuse=True),
             build_system("bfloat16", workload, "bfloat16", reuse=True),
         ]
-        visits = returning_visits(
-            workload.variant, workload.history, workload.returns, workload.users, seed
-        )
+        visits = workload.visits(seed)
         for asked in islice(visits, 2 * workload.users):
             for system in systems:
                 timed_batch(system, [asked])
@@ -87,13 +78,13 @@ def run_workload(
 
 
 def main() -> None:
-    """Runs all workloads of `serving.py` in both dtypes."""
+    """Runs the generated workloads of `serving.py` in both dtypes."""
     arguments = benchmark_parser(__doc__).parse_args()
     torch.set_num_threads(1)
     batches = 2 if arguments.quick else BATCHES
     with Progress() as progress:
         cells = [
-            run_workload(workload, arguments.seeds, batches, progress) for workload in WORKLOADS
+            run_workload(workload, arguments.seeds, batches, progress) for workload in GENERATED
         ]
     write_result(arguments.json, {"cells": cells, "threads": 1}, arguments.seeds)
 

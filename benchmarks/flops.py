@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from model_executor.model_config import ModelConfig, NvidiaConfig, StuConfig
+from model_executor.model_config import (
+    ModelConfig,
+    NvidiaConfig,
+    ResearchConfig,
+    SASRecConfig,
+    StuConfig,
+)
 
 
 def pair_flops(config: ModelConfig) -> int:
@@ -20,31 +26,41 @@ def request_flops(config: ModelConfig, context: int, cached: int, candidates: in
     """Of a request whose first `cached` context tokens are reused.
 
     Args:
-        config: a ranking model, whose attention is causal and whose candidates read the context.
+        config: an HSTU model whose attention is causal.
         context: tokens of the context.
-        cached: those whose K and V are in pages.
-        candidates: rows that read the context and themselves.
+        cached: those whose K and V are in pages; a retrieval always computes the last one.
+        candidates: what is scored: rows that read the context and themselves where the model
+            ranks, inner products with the last row where it retrieves.
+
+    Raises:
+        ValueError: the model is no HSTU.
     """
+    if isinstance(config, SASRecConfig):
+        raise ValueError("sasrec: its blocks are not counted here")
     new = context - cached
+    user_rows, candidate_rows = (1, 0) if isinstance(config, ResearchConfig) else (0, candidates)
     heads_v, heads_qk = config.num_heads * config.dv, config.num_heads * config.dqk
     dim = config.embedding_dim
     causal_pairs = new * cached + new * (new + 1) // 2
-    candidate_pairs = candidates * (context + 1)
+    candidate_pairs = candidate_rows * (context + 1)
     output_width = 3 * heads_v if isinstance(config, StuConfig) else heads_v
     row = 2 * dim * 2 * (heads_v + heads_qk) + 2 * output_width * dim
     keys_and_values = 2 * dim * (heads_v + heads_qk)
     inner = config.num_layers - 1
     layers = (
-        inner * (row * (new + candidates) + pair_flops(config) * (causal_pairs + candidate_pairs))
-        + keys_and_values * new
-        + row * candidates
-        + pair_flops(config) * candidate_pairs
+        inner
+        * (row * (new + candidate_rows) + pair_flops(config) * (causal_pairs + candidate_pairs))
+        + keys_and_values * (new - user_rows)
+        + row * (user_rows + candidate_rows)
+        + pair_flops(config) * (user_rows * context + candidate_pairs)
     )
-    return layers + _perceptron_flops(config, new, candidates)
+    return layers + _head_flops(config, new, candidates)
 
 
-def _perceptron_flops(config: ModelConfig, new: int, candidates: int) -> float:
+def _head_flops(config: ModelConfig, new: int, candidates: int) -> float:
     dim = config.embedding_dim
+    if isinstance(config, ResearchConfig):
+        return 2.0 * candidates * dim
     if isinstance(config, NvidiaConfig):
         widths = [dim, *config.prediction_head]
         return 2.0 * candidates * sum(a * b for a, b in pairwise(widths))

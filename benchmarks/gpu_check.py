@@ -148,7 +148,7 @@ def timed(recommender: Recommender, body: dict[str, Any]) -> dict[str, float]:
     answer = recommender.recommend(body)
     torch.cuda.synchronize()
     wall = (time.perf_counter() - started) * 1e3
-    phases = {name: float(value) for name, value in dict(answer.usage.timings_ms).items()}
+    phases = {name: float(value) for name, value in asdict(answer.usage.timings_ms).items()}
     return {"wall": wall, "cached": float(answer.usage.cached_tokens), **phases}
 
 
@@ -252,7 +252,7 @@ def check_activations(recommender: Recommender, rng: np.random.Generator) -> dic
     recommender.recommend_batch({"history": history(rng, LENGTHS[-1])} for _ in range(2))
     torch.cuda.synchronize()
     peak = int(torch.cuda.memory_stats()["requested_bytes.all.peak"]) - idle
-    bound = recommender.engine.activation_bound
+    bound = recommender.engine.served.activation_bound
     if peak > bound:
         raise SystemExit(f"gpu-check: a step took {peak} bytes of activations, bound {bound}")
     return {"peak": peak, "bound": bound}

@@ -18,6 +18,9 @@ BlockHash = NewType("BlockHash", bytes)
 BLOCK_HASH_BYTES = hashlib.sha256().digest_size
 """Length of every block's hash."""
 
+NO_USER_TAG = 0
+"""Of blocks that are no user's."""
+
 _FORMAT = b"helm-kv-2"
 
 
@@ -30,6 +33,14 @@ def user_digest(user: str, key: bytes) -> bytes:
     if not key:
         raise ValueError("key: must not be empty")
     return hashlib.blake2b(user.encode(), key=key, digest_size=16).digest()
+
+
+def user_tag(digest: bytes) -> int:
+    """A user's digest as a whole number above 0 that fits an int64, to be kept for each block.
+
+    Should two users ever share one, forgetting the first forgets the second's KV too.
+    """
+    return max(1, int.from_bytes(digest[:8], "little") >> 1)
 
 
 def root_hash(model_version: str, user: bytes) -> BlockHash:

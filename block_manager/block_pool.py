@@ -146,6 +146,15 @@ class BlockPool:
             raise IntegrityError(f"block {block} cannot take a hash")
         self._by_hash.insert(_contiguous(block_ids), hashes)
 
+    def evict_blocks(self, block_ids: PageIds) -> int:
+        """Makes blocks no longer reusable, also held ones; returns how many were.
+
+        Whoever holds one goes on reading it; it leaves the pool's reach when it is freed.
+        """
+        forgotten = self._by_hash.pop(_contiguous(block_ids))
+        self._bury(forgotten[self.ref_cnt[forgotten] == 0])
+        return len(forgotten)
+
     def reset_prefix_cache(self) -> bool:
         """Forgets all reusable content; False, and nothing done, while blocks are held."""
         if self.num_held_blocks:

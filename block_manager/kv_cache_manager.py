@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from block_manager.block_hash import BlockHash
+from block_manager.block_hash import NO_USER_TAG, BlockHash
 from block_manager.block_pool import BlockPool
 from block_manager.exceptions import IntegrityError
 from block_manager.page_pool import PageIds
@@ -24,6 +24,8 @@ class KVCacheManager:
         self.block_tokens = block_tokens
         self._held: dict[str, PageIds] = {}
         self._num_cached: dict[str, int] = {}
+        self._user_of_block = np.full(len(pool.ref_cnt), NO_USER_TAG, dtype=np.int64)
+        """Whose KV a block was when it last became reusable."""
 
     def allocate(
         self, request_id: str, hashes: Sequence[BlockHash], num_tokens: int, max_cached_tokens: int
@@ -55,19 +57,34 @@ class KVCacheManager:
         """Pages of a request's history, int64 [blocks], oldest first; not to be written to."""
         return self._held[request_id]
 
-    def cache_blocks(self, request_id: str, hashes: Sequence[BlockHash], num_computed: int) -> None:
+    def cache_blocks(
+        self, request_id: str, hashes: Sequence[BlockHash], num_computed: int, user_tag: int
+    ) -> None:
         """Makes those full blocks reusable whose rows have all been computed.
 
         Args:
             request_id: whose blocks.
             hashes: of the full blocks whose K and V are final.
             num_computed: rows computed so far.
+            user_tag: whose KV it is.
         """
         first = self._num_cached[request_id]
         last = min(num_computed // self.block_tokens, len(hashes))
         if last > first:
-            self.pool.cache_blocks(self._held[request_id][first:last], hashes[first:last])
+            blocks = self._held[request_id][first:last]
+            self.pool.cache_blocks(blocks, hashes[first:last])
+            self._user_of_block[blocks] = user_tag
             self._num_cached[request_id] = last
+
+    def forget_user(self, user_tag: int) -> int:
+        """Makes a user's blocks no longer reusable; returns how many were.
+
+        Raises:
+            ValueError: the tag is no user's.
+        """
+        if user_tag == NO_USER_TAG:
+            raise ValueError("user_tag: blocks without a user cannot be forgotten")
+        return self.pool.evict_blocks(np.flatnonzero(self._user_of_block == user_tag))
 
     def free(self, request_id: str) -> None:
         """Lets go of a request's blocks, if it holds any; the tail is evicted first."""

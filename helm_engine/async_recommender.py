@@ -5,55 +5,63 @@ from __future__ import annotations
 import asyncio
 import uuid
 
-from helm_engine.clock import Clock
-from helm_engine.engine_client import InProcessEngineClient
-from helm_engine.engine_loader import LoadedEngine
-from helm_engine.exceptions import HelmError, RequestAbortedError
+from helm_engine.clock import SystemClock
+from helm_engine.engine_supervisor import EngineSupervisor
+from helm_engine.exceptions import EngineUnavailableError, HelmError, RequestAbortedError
 from helm_engine.metrics import EngineMetrics
 from helm_engine.output_processor import build_recommendation
 from helm_engine.protocol import Recommendation, RecommendRequest
 
 
 class AsyncRecommender:
-    """Validates and hashes on the event loop, runs steps on the engine's thread."""
+    """Validates and hashes on the event loop; steps run in the engine core's process."""
 
-    def __init__(self, engine: LoadedEngine, clock: Clock) -> None:
-        """Takes a loaded engine and its clock; must be made inside a running event loop."""
-        self.metrics = EngineMetrics(engine.core.scheduler, engine.config.model_name)
-        self._model_name = engine.config.model_name
-        self._processor = engine.processor
-        self._clock = clock
-        self._client = InProcessEngineClient(engine.core, asyncio.get_running_loop())
+    def __init__(self, supervisor: EngineSupervisor) -> None:
+        self.supervisor = supervisor
+        self.metrics = EngineMetrics(supervisor)
+        self._clock = SystemClock()
 
-    @property
-    def is_healthy(self) -> bool:
-        """Whether requests can be answered."""
-        return self._client.is_alive
-
-    async def recommend(self, body: RecommendRequest) -> Recommendation:
+    async def recommend(
+        self, body: RecommendRequest, answer_id: str | None = None
+    ) -> Recommendation:
         """Answers one request.
+
+        Args:
+            body: the request.
+            answer_id: `id` of the answer; one is made up by default.
 
         Raises:
             HelmError: what the client is to be told.
         """
         arrived = self._clock.now()
+        request_id = f"rec-{uuid.uuid4().hex}"
         try:
-            prepared = self._processor.process(body, f"rec-{uuid.uuid4().hex}", arrived)
-            await self._client.submit(prepared.request)
-            answer = build_recommendation(prepared, self._model_name)
+            engine = self.supervisor.engine
+            prepared = engine.processor.process(body, request_id, arrived)
+            await engine.client.submit(prepared.request)
+            answer = build_recommendation(prepared, engine.served.name, answer_id or request_id)
         except asyncio.CancelledError:
             self.metrics.count_failure(RequestAbortedError("the request was withdrawn"))
             raise
         except HelmError as error:
             self.metrics.count_failure(error)
             raise
-        self.metrics.count_success(answer.usage, self._clock.now() - arrived)
+        self.metrics.count_success(answer, self._clock.now() - arrived)
         return answer
 
-    def give_up(self) -> None:
-        """Answers all waiting clients with an error: the server can wait no longer."""
-        self._client.fail_pending("the server is shutting down")
+    async def forget_user(self, user: str) -> int:
+        """Drops a user's KV from every engine; returns the number of blocks.
 
-    def close(self) -> None:
-        """Stops the engine's thread."""
-        self._client.close()
+        Raises:
+            EngineUnavailableError: no engine is ready.
+        """
+        tag = self.supervisor.engine.processor.user_tag(user)
+        calls = [client.forget_user(tag) for client in self.supervisor.clients]
+        counts = await asyncio.gather(*calls, return_exceptions=True)
+        for failure in counts:
+            # An engine that is gone took its KV along.
+            if isinstance(failure, BaseException) and not isinstance(
+                failure, EngineUnavailableError
+            ):
+                raise failure
+        return sum(number for number in counts if isinstance(number, int))

@@ -6,7 +6,7 @@ import json
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,9 @@ def _answer_lines(
 def _result_line(line: _Line, answer: Recommendation | HelmError) -> dict[str, Any]:
     if isinstance(answer, HelmError):
         status, request_id = answer.status, f"rec-{uuid.uuid4().hex}"
-        body = error_body(answer).model_dump()
+        body = asdict(error_body(answer))
     else:
-        status, request_id, body = 200, answer.id, answer.model_dump()
+        status, request_id, body = 200, answer.id, asdict(answer)
     return {
         "id": f"batch-{request_id}",
         "custom_id": line.custom_id,

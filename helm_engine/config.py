@@ -76,6 +76,8 @@ class RequestLimits:
     """Bytes of a request's body; larger ones are refused (413) before they are parsed."""
     max_history_events: int = 65_536
     """Events one history may bring; the model's config says which of them are read."""
+    max_requests: int = 64
+    """Requests that one body may bring; more are refused (413)."""
     max_candidates: int = 4096
     max_top_k: int = 4096
 
@@ -87,6 +89,7 @@ class RequestLimits:
         """
         _require_at_least("max_body_bytes", self.max_body_bytes, 1)
         _require_at_least("max_history_events", self.max_history_events, 1)
+        _require_at_least("max_requests", self.max_requests, 1)
         _require_at_least("max_candidates", self.max_candidates, 1)
         _require_at_least("max_top_k", self.max_top_k, 1)
 
@@ -114,3 +117,31 @@ class EngineConfig:
     def model_name(self) -> str:
         """The name under which the model is served."""
         return self.served_model_name or self.model_dir.resolve().name
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The HTTP front and how it looks after its engine."""
+
+    shutdown_timeout: float = 10.0
+    """Seconds that requests in flight have after SIGTERM; then they are answered with 503."""
+    hang_timeout: float = 30.0
+    """Seconds; an engine core that says nothing for so long is killed and started anew. It says
+    something between steps: no step may take longer."""
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Any of these lets a client ask; none = everybody may."""
+    admin_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Any of these lets an operator reload; none = nobody may over HTTP."""
+    otlp_traces_endpoint: str | None = None
+    """URL that OpenTelemetry spans are sent to; None = no traces."""
+
+    def __post_init__(self) -> None:
+        """Checks each value.
+
+        Raises:
+            ValueError: names the field and its limit.
+        """
+        if not self.shutdown_timeout >= 0.0:
+            raise ValueError(f"shutdown_timeout: must be at least 0, not {self.shutdown_timeout}")
+        if not self.hang_timeout >= 1.0:
+            raise ValueError(f"hang_timeout: must be at least 1 second, not {self.hang_timeout}")

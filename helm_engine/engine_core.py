@@ -29,6 +29,10 @@ class EngineCore:
         """Ends an unfinished request with an error, and frees what it held."""
         self.scheduler.fail(request, error)
 
+    def forget_user(self, user_tag: int) -> int:
+        """Makes a user's KV unreachable; see `Scheduler.forget_user`."""
+        return self.scheduler.forget_user(user_tag)
+
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything."""

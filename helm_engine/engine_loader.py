@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
-from block_manager.pool_layout import PoolLayout, plan_layout
+from block_manager.pool_layout import plan_layout
 from helm_engine.clock import Clock, SystemClock
 from helm_engine.config import EngineConfig
 from helm_engine.engine_core import EngineCore
-from helm_engine.input_processor import InputProcessor
+from helm_engine.input_processor import InputProcessor, new_user_key
 from helm_engine.protocol import parse_request
 from helm_engine.sample_request import sample_request
 from helm_engine.scheduler import build_scheduler
+from helm_engine.served_model import ServedModel
 from model_executor.attention.registry import attention_backend
-from model_executor.capabilities import Capabilities, StepRules, capabilities_of, step_rules
+from model_executor.capabilities import StepRules, capabilities_of, step_rules
 from model_executor.checkpoint import load_config, load_dense_weights, map_tables, model_version
 from model_executor.host_store import HostStore, MemoryMappedTables
 from model_executor.memory_ledger import activation_bound
-from model_executor.model_config import ModelConfig
 from model_executor.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -30,14 +30,10 @@ logger = logging.getLogger(__name__)
 class LoadedEngine:
     """An engine that computes, with what its front needs to know."""
 
-    config: EngineConfig
-    model_config: ModelConfig
-    capabilities: Capabilities
-    layout: PoolLayout
-    activation_bound: int
-    """Bytes that a step adds to what stays on the device, at most."""
+    served: ServedModel
     runner: ModelRunner
     processor: InputProcessor
+    """For requests that are made in this process."""
     core: EngineCore
 
 
@@ -88,59 +84,46 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         retrieves=runner.retrieval_head is not None,
         element_bytes=dtype.itemsize,
     )
-    _log_memory(runner, layout, bound)
-    _log_capabilities(capabilities, model_config, config)
-    processor = InputProcessor(
-        model=model_config,
+    served = ServedModel(
+        config=config,
+        model_config=model_config,
+        version=model_version(config.model_dir),
         capabilities=capabilities,
-        model_name=config.model_name,
-        model_version=model_version(config.model_dir),
-        limits=config.limits,
-        block_tokens=layout.block_tokens,
-        max_step_tokens=config.scheduler.max_num_batched_tokens,
+        layout=layout,
+        memory=runner.memory,
+        activation_bound=bound,
         can_retrieve=runner.retrieval_head is not None,
     )
-    _warm_up(config, processor, layout, runner, rules)
+    _log_memory(served)
+    _log_capabilities(served)
+    processor = served.input_processor(new_user_key())
+    _warm_up(served, processor, runner, rules)
     poisons = config.poison_freed_memory
     if poisons:
         runner.arena.poison()
     scheduler = build_scheduler(config.scheduler, layout, table.num_rows, rules, poisons)
-    return LoadedEngine(
-        config=config,
-        model_config=model_config,
-        capabilities=capabilities,
-        layout=layout,
-        activation_bound=bound,
-        runner=runner,
-        processor=processor,
-        core=EngineCore(scheduler, runner, clock),
-    )
+    return LoadedEngine(served, runner, processor, EngineCore(scheduler, runner, clock))
 
 
 def _warm_up(
-    config: EngineConfig,
-    processor: InputProcessor,
-    layout: PoolLayout,
-    runner: ModelRunner,
-    rules: StepRules,
+    served: ServedModel, processor: InputProcessor, runner: ModelRunner, rules: StepRules
 ) -> None:
     """Runs a long history of each kind, so that the first client finds all initialised.
 
     Its books are thrown away: nothing of it is resident or counted afterwards.
     """
     clock = SystemClock()
-    model = runner.model.config
-    core = EngineCore(
-        build_scheduler(config.scheduler, layout, model.num_rows, rules), runner, clock
-    )
+    config, model = served.config, served.model_config
+    scheduler = build_scheduler(config.scheduler, served.layout, model.num_rows, rules)
+    core = EngineCore(scheduler, runner, clock)
     step_events = max(1, config.scheduler.max_num_batched_tokens // model.tokens_per_event)
     number = min(model.max_sequence_len, step_events, config.limits.max_history_events)
     if not rules.chunkable:
         number = max(1, number - model.num_contextual_tokens)
     items, times = [model.first_item_id] * number, list(range(number))
-    kinds = [items[:1], None] if runner.retrieval_head is not None else [items[:1]]
-    bodies = [parse_request(sample_request(model, items, times, kind)) for kind in kinds]
-    for place, body in enumerate(bodies):
+    kinds = [items[:1], None] if served.can_retrieve else [items[:1]]
+    for place, kind in enumerate(kinds):
+        body = parse_request(sample_request(model, items, times, kind))
         request = processor.process(body, f"warm-up-{place}", clock.now()).request
         core.add_request(request)
         core.run_until_idle()
@@ -165,11 +148,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _log_capabilities(capabilities: Capabilities, model: ModelConfig, config: EngineConfig) -> None:
-    for name, capability in capabilities.describe().items():
+def _log_capabilities(served: ServedModel) -> None:
+    for name, capability in served.capabilities.describe().items():
         logger.info("%s: %s, because %s", name, capability["value"], capability["reason"])
-    limit, longest = config.scheduler.max_num_batched_tokens, model.max_context_tokens
-    if not capabilities.chunkable.value and limit < longest:
+    limit = served.config.scheduler.max_num_batched_tokens
+    longest = served.model_config.max_context_tokens
+    if not served.capabilities.chunkable.value and limit < longest:
         logger.warning(
             "contexts are computed in one step: those of more than %d tokens are refused, the "
             "model reads up to %d (max_num_batched_tokens)",
@@ -178,19 +162,19 @@ def _log_capabilities(capabilities: Capabilities, model: ModelConfig, config: En
         )
 
 
-def _log_memory(runner: ModelRunner, layout: PoolLayout, bound: int) -> None:
-    memory = runner.memory
+def _log_memory(served: ServedModel) -> None:
+    layout = served.layout
     logger.info(
         "device memory: %d bytes of weights, %d pages of %d bytes (KV %d, EMB %d), "
         "%d bytes of staging; a step adds at most %d bytes of activations; "
         "a row page holds %d rows and leaves %d bytes unused",
-        memory.weights,
+        served.memory.weights,
         layout.num_pages,
         layout.page_bytes,
         layout.num_kv_pages,
         layout.num_emb_pages,
-        memory.staging,
-        bound,
+        served.memory.staging,
+        served.activation_bound,
         layout.rows_per_page,
         layout.page_tail_bytes,
     )

@@ -22,6 +22,39 @@ class InvalidRequestError(HelmError):
     error_type = "invalid_request_error"
 
 
+class RequestTooLargeError(InvalidRequestError):
+    """The request is larger than can ever be served; `param` names what is."""
+
+    status = 413
+
+
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """The body is of a type that nobody here reads."""
+
+    status = 415
+
+
+class AuthenticationError(HelmError):
+    """The request brings no API key, or an unknown one."""
+
+    status = 401
+    error_type = "authentication_error"
+
+
+class PermissionDeniedError(HelmError):
+    """The request is not for everybody: it needs the admin key."""
+
+    status = 403
+    error_type = "permission_error"
+
+
+class ReloadError(HelmError):
+    """A model could not take the place of the one served, which goes on being served."""
+
+    status = 409
+    error_type = "reload_error"
+
+
 class ModelNotFoundError(HelmError):
     """The request names a model that is not served."""
 

@@ -8,20 +8,36 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from block_manager.block_hash import BlockHash, hash_blocks, root_hash, user_digest
+from block_manager.block_hash import (
+    NO_USER_TAG,
+    BlockHash,
+    hash_blocks,
+    root_hash,
+    user_digest,
+    user_tag,
+)
 from helm_engine.config import RequestLimits
-from helm_engine.exceptions import InvalidRequestError, ModelNotFoundError
+from helm_engine.exceptions import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    RequestTooLargeError,
+)
 from helm_engine.feature_reader import FeatureReader
 from helm_engine.history_window import HistoryWindow, window_of
 from helm_engine.protocol import Candidates, RecommendRequest
 from helm_engine.request import Request, ReuseBlocked
 from model_executor.capabilities import Capabilities
 from model_executor.inputs.features import TokenSequence
+from model_executor.inputs.registry import build_inputs
 from model_executor.model_config import ModelConfig, RankingConfig, StuConfig
-from model_executor.models.registry import build_inputs
 from model_executor.step import Int64Array
 
 DEFAULT_RETRIEVED = 10
+
+
+def new_user_key() -> bytes:
+    """A key for the hashes of users, 32 random bytes; whoever lacks it learns nothing of them."""
+    return secrets.token_bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +72,7 @@ class InputProcessor:
         block_tokens: int,
         max_step_tokens: int,
         can_retrieve: bool,
+        user_key: bytes,
     ) -> None:
         self._model = model
         self._capabilities = capabilities
@@ -67,8 +84,7 @@ class InputProcessor:
         self._can_retrieve = can_retrieve
         self._features = FeatureReader(model)
         self._inputs = build_inputs(model)
-        # Chains are compared within this process alone, so no one else needs the key.
-        self._user_key = secrets.token_bytes(32)
+        self._user_key = user_key
         self._task_names = tuple(task.name for task in model.task_list)
         self._rank_task = model.rank_task if isinstance(model, RankingConfig) else 0
 
@@ -82,6 +98,7 @@ class InputProcessor:
 
         Raises:
             InvalidRequestError: names the field and its limit.
+            RequestTooLargeError: likewise, where something is larger than can ever be served.
             ModelNotFoundError: another model is asked for.
         """
         if body.model is not None and body.model != self._model_name:
@@ -98,16 +115,18 @@ class InputProcessor:
         top_k = self._top_k(body)
         sent = body.history.item_ids
         excluded = np.unique(sent) if body.exclude_history else sent[:0]
+        user = None if body.user is None else user_digest(body.user, self._user_key)
         request = Request(
             request_id=request_id,
             tokens=tokens,
             top_k=top_k if retrieving else 0,
             excluded_ids=excluded if retrieving else excluded[:0],
-            block_hashes=self._hashes(body.user, tokens),
+            block_hashes=self._hashes(user, tokens),
+            user_tag=NO_USER_TAG if user is None else user_tag(user),
             arrival=now,
             deadline=float("inf") if body.deadline_ms is None else now + body.deadline_ms / 1e3,
             priority=body.priority,
-            reuse_hindrance=self._reuse_hindrance(body.user, window, tokens),
+            reuse_hindrance=self._reuse_hindrance(user, window, tokens),
         )
         return PreparedRequest(
             request=request,
@@ -126,7 +145,7 @@ class InputProcessor:
                 "history.item_ids: must hold at least one event", "history.item_ids"
             )
         if number > limit:
-            raise InvalidRequestError(
+            raise RequestTooLargeError(
                 f"history.item_ids: holds {number} events, the limit is {limit}",
                 "history.item_ids",
             )
@@ -143,7 +162,8 @@ class InputProcessor:
         if isinstance(self._model, StuConfig):
             limit = min(limit, self._model.max_candidates)
         if not 1 <= number <= limit:
-            raise InvalidRequestError(
+            kind = RequestTooLargeError if number else InvalidRequestError
+            raise kind(
                 f"candidates.item_ids: holds {number} items, must hold 1 to {limit}",
                 "candidates.item_ids",
             )
@@ -152,7 +172,7 @@ class InputProcessor:
         """A context that cannot be chunked must fit into one step."""
         number, limit = len(tokens.rows), self._max_step_tokens
         if not self._capabilities.chunkable.value and number > limit:
-            raise InvalidRequestError(
+            raise RequestTooLargeError(
                 f"history.item_ids: makes a context of {number} tokens; this model computes a "
                 f"context in one step, whose limit is {limit} tokens (max_num_batched_tokens)",
                 "history.item_ids",
@@ -184,7 +204,7 @@ class InputProcessor:
             raise InvalidRequestError(f"top_k: {body.top_k} is above the limit {limit}", "top_k")
         return body.top_k
 
-    def _hashes(self, user: str | None, tokens: TokenSequence) -> list[BlockHash]:
+    def _hashes(self, user: bytes | None, tokens: TokenSequence) -> list[BlockHash]:
         """Hashes of the full blocks whose K and V are final.
 
         They cover every input of their tokens. Where a context reads ahead, a prefix has no K and
@@ -192,11 +212,15 @@ class InputProcessor:
         """
         if user is None or not self._capabilities.chunkable.value:
             return []
-        root = root_hash(self._model_version, user_digest(user, self._user_key))
+        root = root_hash(self._model_version, user)
         return hash_blocks(root, tokens.hash_inputs(), self._block_tokens)
 
+    def user_tag(self, user: str) -> int:
+        """What the engine knows a user's KV by."""
+        return user_tag(user_digest(user, self._user_key))
+
     def _reuse_hindrance(
-        self, user: str | None, window: HistoryWindow, tokens: TokenSequence
+        self, user: bytes | None, window: HistoryWindow, tokens: TokenSequence
     ) -> ReuseBlocked | None:
         if user is None:
             return ReuseBlocked.NO_USER

@@ -17,12 +17,14 @@ MAX_INTEGER = 2**53 - 1
 
 
 def to_int_array(value: object) -> npt.NDArray[np.int64]:
-    """An int64 array [n] of a list, a tuple or an array of integers.
+    """An int64 array [n] of a list, a tuple, an array or a buffer of integers.
 
     Raises:
         PydanticCustomError: it is none, or an element is no integer or beyond +-MAX_INTEGER; the
             context's `index` says which element.
     """
+    if isinstance(value, bytes):
+        value = from_buffer(value)
     if isinstance(value, np.ndarray):
         if value.ndim != 1 or not np.issubdtype(value.dtype, np.integer):
             raise PydanticCustomError("int_array", "must be an array of integers")
@@ -48,6 +50,19 @@ def to_int_array(value: object) -> npt.NDArray[np.int64]:
     if len(beyond_limit):
         raise _refused(int(beyond_limit[0]))
     return array
+
+
+def from_buffer(raw: bytes) -> npt.NDArray[np.int64]:
+    """The integers of a msgpack `bin`: int64, little-endian, one after the other.
+
+    Raises:
+        PydanticCustomError: its length is no multiple of 8 bytes.
+    """
+    if len(raw) % 8:
+        raise PydanticCustomError(
+            "int_array", "must be an array, or a buffer of 8-byte little-endian integers"
+        )
+    return np.frombuffer(raw, dtype="<i8").astype(np.int64)
 
 
 def _type_name(value: object) -> str:

@@ -1,16 +1,23 @@
-"""Prometheus metrics of one engine, with vLLM's naming habits."""
+"""Prometheus metrics of a front and its engine, with vLLM's naming habits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.exceptions import HelmError
-from helm_engine.protocol import Usage
-from helm_engine.scheduler import Scheduler
+from helm_engine.protocol import Recommendation
 
 LATENCY_BUCKETS_SECONDS = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03,
@@ -19,68 +26,83 @@ LATENCY_BUCKETS_SECONDS = (
 """1 ms to 1 s, the usual range of recommenders."""
 
 
-class _SchedulerCollector(Collector):
-    """Reads the scheduler when scraped, so that steps pay nothing for metrics."""
+TOKEN_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
-    def __init__(self, scheduler: Scheduler, model_name: str) -> None:
-        self._scheduler = scheduler
-        self._model_name = model_name
+
+class _EngineCollector(Collector):
+    """Reads the engine's last report when scraped, so that steps pay nothing for metrics."""
+
+    def __init__(self, supervisor: EngineSupervisor) -> None:
+        self._supervisor = supervisor
 
     def collect(self) -> Iterator[Metric]:
-        """Gauges of the present state and totals since the start."""
-        scheduler = self._scheduler
-        stats = scheduler.stats
-        gauges = {
-            "helm:num_requests_running": ("Requests that hold blocks.", scheduler.num_running),
-            "helm:num_requests_waiting": ("Requests in the queue.", scheduler.num_waiting),
-            "helm:kv_cache_usage_perc": (
+        """Gauges of the present state and totals since the engine started."""
+        supervisor = self._supervisor
+        yield _gauge("engine_up", "Whether requests can be answered.", "", supervisor.is_ready)
+        name = supervisor.config.model_name
+        restarts, reloads = supervisor.num_restarts, supervisor.num_reloads
+        yield _counter("engine_restarts", "Engines that died or hung.", name, restarts)
+        yield _counter("model_reloads", "Models put in another's place.", name, reloads)
+        if not supervisor.is_ready:
+            return
+        stats = supervisor.engine.client.stats
+        for gauge, help_text, value in (
+            ("num_requests_running", "Requests that hold blocks.", stats.num_requests_running),
+            ("num_requests_waiting", "Requests in the queue.", stats.num_requests_waiting),
+            (
+                "kv_cache_usage_perc",
                 "Share of the KV blocks that running requests hold, 0..1.",
-                scheduler.kv.pool.usage,
+                stats.kv_cache_usage,
             ),
-            "helm:emb_cache_usage_perc": (
+            (
+                "emb_cache_usage_perc",
                 "Share of the EMB slots that hold rows, 0..1.",
-                scheduler.emb.usage,
+                stats.emb_cache_usage,
             ),
-            "helm:emb_fraction_committed": (
+            (
+                "emb_fraction_committed",
                 "Share of the pool's pages that EMB holds, 0..1.",
-                scheduler.pool.committed,
+                stats.emb_fraction_committed,
             ),
-        }
-        counters = {
-            "helm:engine_steps": ("Steps planned.", stats.steps),
-            "helm:prefix_cache_queries": (
-                "History tokens of admitted requests.",
-                stats.prefix_queries,
-            ),
-            "helm:prefix_cache_hits": ("History tokens whose KV was reused.", stats.prefix_hits),
-            "helm:emb_cache_queries": ("Distinct rows looked up, by step.", stats.row_queries),
-            "helm:emb_cache_hits": ("Those that were in the pool.", stats.row_hits),
-            "helm:kv_cache_evictions": (
+        ):
+            yield _gauge(gauge, help_text, name, value)
+        for counter, help_text, value in (
+            ("engine_steps", "Steps planned.", stats.steps),
+            ("prefix_cache_queries", "Context tokens of admitted requests.", stats.prefix_queries),
+            ("prefix_cache_hits", "Context tokens whose KV was reused.", stats.prefix_hits),
+            ("emb_cache_queries", "Distinct rows looked up, by step.", stats.row_queries),
+            ("emb_cache_hits", "Those that were in the pool.", stats.row_hits),
+            (
+                "kv_cache_evictions",
                 "Reusable blocks given to other histories.",
-                scheduler.kv.pool.num_evictions,
+                stats.kv_evictions,
             ),
-            "helm:emb_cache_evictions": (
-                "Rows that gave up their slot.",
-                scheduler.emb.num_evictions,
-            ),
-        }
-        for name, (help_text, value) in gauges.items():
-            gauge = GaugeMetricFamily(name, help_text, labels=["model_name"])
-            gauge.add_metric([self._model_name], value)
-            yield gauge
-        for name, (help_text, value) in counters.items():
-            counter = CounterMetricFamily(name, help_text, labels=["model_name"])
-            counter.add_metric([self._model_name], value)
-            yield counter
+            ("emb_cache_evictions", "Rows that gave up their slot.", stats.emb_evictions),
+        ):
+            yield _counter(counter, help_text, name, value)
+
+
+def _gauge(name: str, help_text: str, model_name: str, value: float) -> Metric:
+    labels = {"model_name": model_name} if model_name else {}
+    gauge = GaugeMetricFamily(f"helm:{name}", help_text, labels=list(labels))
+    gauge.add_metric(list(labels.values()), value)
+    return gauge
+
+
+def _counter(name: str, help_text: str, model_name: str, value: float) -> Metric:
+    counter = CounterMetricFamily(f"helm:{name}", help_text, labels=["model_name"])
+    counter.add_metric([model_name], value)
+    return counter
 
 
 class EngineMetrics:
-    """What one engine exposes at `/metrics`."""
+    """What a front exposes at `/metrics`."""
 
-    def __init__(self, scheduler: Scheduler, model_name: str) -> None:
+    def __init__(self, supervisor: EngineSupervisor) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_SchedulerCollector(scheduler, model_name))
-        self._model_name = model_name
+        self._registry.register(_EngineCollector(supervisor))
+        ProcessCollector(registry=self._registry)
+        self._model_name = supervisor.config.model_name
         self._success = Counter(
             "helm:request_success", "Answered requests.", ["model_name"], registry=self._registry
         )
@@ -90,28 +112,36 @@ class EngineMetrics:
             ["model_name", "type"],
             registry=self._registry,
         )
-        self._latency = self._histogram("e2e_request_latency", "From arrival to answer.")
+        self._latency = self._seconds("e2e_request_latency", "From arrival to answer.")
         self._phases = {
-            phase: self._histogram(f"request_{phase}_time", f"Time in the {phase} phase.")
+            phase: self._seconds(f"request_{phase}_time", f"Time in the {phase} phase.")
             for phase in ("queue", "load", "prefill", "score")
         }
-        self._success.labels(model_name)
+        self._tokens = self._histogram(
+            "request_history_tokens", "Context tokens of answered requests.", TOKEN_BUCKETS
+        )
+        self._candidates = self._histogram(
+            "request_candidates", "Candidates of answered requests.", TOKEN_BUCKETS
+        )
+        self._success.labels(self._model_name)
 
-    def _histogram(self, name: str, help_text: str) -> Histogram:
+    def _seconds(self, name: str, help_text: str) -> Histogram:
+        return self._histogram(f"{name}_seconds", help_text, LATENCY_BUCKETS_SECONDS)
+
+    def _histogram(self, name: str, help_text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(
-            f"helm:{name}_seconds",
-            help_text,
-            ["model_name"],
-            buckets=LATENCY_BUCKETS_SECONDS,
-            registry=self._registry,
+            f"helm:{name}", help_text, ["model_name"], buckets=buckets, registry=self._registry
         )
 
-    def count_success(self, usage: Usage, seconds: float) -> None:
+    def count_success(self, answer: Recommendation, seconds: float) -> None:
         """Counts an answered request and how long it took."""
-        self._success.labels(self._model_name).inc()
-        self._latency.labels(self._model_name).observe(seconds)
-        for phase, milliseconds in dict(usage.timings_ms).items():
-            self._phases[phase].labels(self._model_name).observe(milliseconds / 1e3)
+        usage = answer.usage
+        self._success.labels(answer.model).inc()
+        self._latency.labels(answer.model).observe(seconds)
+        for phase, milliseconds in asdict(usage.timings_ms).items():
+            self._phases[phase].labels(answer.model).observe(milliseconds / 1e3)
+        self._tokens.labels(answer.model).observe(usage.history_tokens)
+        self._candidates.labels(answer.model).observe(usage.candidates)
 
     def count_failure(self, error: HelmError) -> None:
         """Counts a request that got an error."""

@@ -13,7 +13,9 @@ from helm_engine.request import Request
 from model_executor.step import Float32Array
 
 
-def build_recommendation(prepared: PreparedRequest, model_name: str) -> Recommendation:
+def build_recommendation(
+    prepared: PreparedRequest, model_name: str, answer_id: str | None = None
+) -> Recommendation:
     """Ranks the scores of a finished request, best first; ties keep the order sent.
 
     Raises:
@@ -27,8 +29,8 @@ def build_recommendation(prepared: PreparedRequest, model_name: str) -> Recommen
         data = list(map(RecommendedItem, ranks, item_ids.tolist(), scores.tolist()))
     else:
         data = _rank_candidates(prepared)
-    return Recommendation.model_construct(
-        id=request.request_id,
+    return Recommendation(
+        id=answer_id or request.request_id,
         created=int(time.time()),
         model=model_name,
         data=data,
@@ -68,14 +70,14 @@ def _usage(request: Request, num_candidates: int) -> Usage:
     timings = request.timings_ms
     blocked = request.reuse_blocked
     started = request.arrival if request.first_scheduled is None else request.first_scheduled
-    return Usage.model_construct(
+    return Usage(
         history_tokens=request.num_tokens,
         cached_tokens=request.cached_tokens,
         reuse_blocked=None if blocked is None else blocked.value,
         candidates=num_candidates,
         rows_requested=request.rows_requested,
         rows_resident=request.rows_resident,
-        timings_ms=TimingsMs.model_construct(
+        timings_ms=TimingsMs(
             queue=(started - request.arrival) * 1e3,
             load=timings.load,
             prefill=timings.prefill,

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from helm_engine.exceptions import HelmError, InvalidRequestError
-from helm_engine.int_array import MAX_INTEGER, IntArray, parse_json
+from helm_engine.int_array import MAX_INTEGER, IntArray, from_buffer
+
+MAX_USER_LENGTH = 512
+"""Characters of a user's id."""
 
 Seconds = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
 
 
 def _as_array(value: object) -> object:
-    """A list or an array as it is; a tuple as a list."""
+    """A list or an array as it is; a tuple as a list, a msgpack buffer as an array."""
     if isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 1):
         return value
     if isinstance(value, tuple):
         return list(value)
+    if isinstance(value, bytes):
+        return from_buffer(value)
     raise ValueError("must be an array")
 
 
 ParallelArray = Annotated[Any, BeforeValidator(_as_array)]
 """Of whatever type; the model that reads it says which."""
+
+
+def _known_answer_field(path: str) -> str:
+    if path not in ANSWER_FIELDS:
+        raise ValueError(f"{path!r} is no part of an answer; known: {', '.join(ANSWER_FIELDS)}")
+    return path
+
+
+AnswerField = Annotated[str, AfterValidator(_known_answer_field)]
+"""A part of the answer by its path: `usage`, `data.item_id`, `usage.timings_ms.queue`."""
 
 
 class _Strict(BaseModel):
@@ -77,7 +92,7 @@ class RecommendRequest(_Strict):
     user: str | None = Field(
         default=None,
         min_length=1,
-        max_length=512,
+        max_length=MAX_USER_LENGTH,
         description="Who the history belongs to; without it nothing is kept for reuse.",
     )
     history: History
@@ -105,11 +120,21 @@ class RecommendRequest(_Strict):
     priority: int = Field(
         default=0, ge=-MAX_INTEGER, le=MAX_INTEGER, description="Lower runs first."
     )
+    fields: Annotated[list[AnswerField], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Parts of the answer to send, such as `data.item_id`; absent = all of it.",
+    )
+
+
+class RecommendRequests(_Strict):
+    """Several requests in one body of `POST /v1/recommend`; each is answered on its own."""
+
+    requests: list[RecommendRequest] = Field(min_length=1)
 
 
 @dataclass(slots=True)
 class RecommendedItem:
-    """One item of the answer; a plain dataclass, because answers hold thousands."""
+    """One item of the answer; not frozen, because answers hold thousands and freezing costs."""
 
     index: int
     """Place in `candidates`, or rank when retrieving."""
@@ -119,7 +144,8 @@ class RecommendedItem:
     """Scores by task, for models that have tasks."""
 
 
-class TimingsMs(BaseModel):
+@dataclass(frozen=True, slots=True)
+class TimingsMs:
     """Milliseconds that the request waited for each phase."""
 
     queue: float
@@ -128,7 +154,8 @@ class TimingsMs(BaseModel):
     score: float
 
 
-class Usage(BaseModel):
+@dataclass(frozen=True, slots=True)
+class Usage:
     """What the request took and what the caches spared."""
 
     history_tokens: int
@@ -145,18 +172,36 @@ class Usage(BaseModel):
     timings_ms: TimingsMs
 
 
-class Recommendation(BaseModel):
-    """Answer of `POST /v1/recommend`; `data` is best first."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recommendation:
+    """Answer of `POST /v1/recommend`; `data` is best first.
+
+    With `fields` in the request, those alone are there.
+    """
 
     id: str
     object: Literal["recommendation"] = "recommendation"
     created: int
+    """Seconds since 1970."""
     model: str
     data: list[RecommendedItem]
     usage: Usage
 
 
-class ErrorDetail(BaseModel):
+def _paths(of: type, prefix: str = "") -> Iterator[str]:
+    parts = {"data": RecommendedItem, "usage": Usage, "timings_ms": TimingsMs}
+    for field in fields(of):
+        yield prefix + field.name
+        if field.name in parts:
+            yield from _paths(parts[field.name], f"{prefix}{field.name}.")
+
+
+ANSWER_FIELDS = tuple(_paths(Recommendation))
+"""What `fields` of a request may name."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorDetail:
     """What went wrong."""
 
     message: str
@@ -165,10 +210,19 @@ class ErrorDetail(BaseModel):
     code: int
 
 
-class ErrorBody(BaseModel):
+@dataclass(frozen=True, slots=True)
+class ErrorBody:
     """Body of every answer that is not a success."""
 
     error: ErrorDetail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecommendationList:
+    """Answers of several requests of one body, in their order; each its own success or error."""
+
+    object: Literal["list"] = "list"
+    data: list[Recommendation | ErrorBody]
 
 
 def error_body(error: HelmError) -> ErrorBody:
@@ -223,21 +277,3 @@ def parse_request(raw: object) -> RecommendRequest:
         return RecommendRequest.model_validate(raw)
     except ValidationError as error:
         raise invalid_request(error.errors(include_url=False)) from error
-
-
-def decode_request(raw: bytes) -> RecommendRequest:
-    """Parses and validates one JSON body.
-
-    Raises:
-        InvalidRequestError: names the field, or says that the body is not JSON.
-    """
-    try:
-        parsed = parse_json(raw)
-    except ValueError as error:
-        raise InvalidRequestError(f"body: is not JSON: {error}", "body") from error
-    return parse_request(parsed)
-
-
-def encode_recommendation(answer: Recommendation) -> bytes:
-    """An answer as JSON."""
-    return answer.model_dump_json().encode()

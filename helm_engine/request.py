@@ -7,7 +7,7 @@ from enum import Enum, StrEnum, auto
 
 import numpy as np
 
-from block_manager.block_hash import BlockHash
+from block_manager.block_hash import NO_USER_TAG, BlockHash
 from helm_engine.exceptions import HelmError
 from model_executor.inputs.features import TokenSequence
 from model_executor.step import Float32Array, Int64Array, StepTimings
@@ -53,6 +53,8 @@ class Request:
     """Engine clock, seconds."""
     priority: int = 0
     """Lower runs first."""
+    user_tag: int = NO_USER_TAG
+    """Of whom; see `block_manager.block_hash.user_tag`."""
     reuse_hindrance: ReuseBlocked | None = None
     """Reported when no KV was reused."""
 

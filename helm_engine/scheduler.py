@@ -320,7 +320,9 @@ class Scheduler:
         """Takes over what a step did for one request."""
         request.add_timings(output.timings_ms)
         request.num_computed = scheduled.start + scheduled.num_rows
-        self.kv.cache_blocks(request.request_id, request.block_hashes, request.num_computed)
+        self.kv.cache_blocks(
+            request.request_id, request.block_hashes, request.num_computed, request.user_tag
+        )
         if isinstance(scheduled.task, CandidateScoring):
             request.take_scores(output.candidate_scores[request.request_id])
         elif isinstance(scheduled.task, Retrieval):
@@ -333,6 +335,18 @@ class Scheduler:
         for _, request in list(self._running):
             if request.request_id in in_step:
                 self.fail(request, error)
+
+    def forget_user(self, user_tag: int) -> int:
+        """Makes a user's KV unreachable, also that which requests in flight would leave.
+
+        Returns:
+            Blocks that were reusable.
+        """
+        for queue in (self._waiting, self._running):
+            for _, request in queue:
+                if request.user_tag == user_tag:
+                    request.block_hashes = []
+        return self.kv.forget_user(user_tag)
 
     def check_nothing_leaked(self) -> None:
         """Cheap check of an idle engine: everything is free or reusable again.

@@ -1,8 +1,6 @@
-"""What stays on the device between steps, and what one step may add to it."""
+"""What one step may add to what stays on the device."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from model_executor.attention.torch_reference import PAIRS_PER_TILE
 from model_executor.model_config import (
@@ -17,21 +15,6 @@ from model_executor.models.heads import SCORES_PER_PASS
 
 _PAIR_BYTES = 32
 """Of one query-key pair, heads apart: distance, bucket, two biases and their sum, mask."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """Bytes that stay on the device between steps."""
-
-    weights: int
-    """Dense weights and, where there is a retrieval head, its item matrix."""
-    pages: int
-    staging: int
-
-    @property
-    def total(self) -> int:
-        """All of it: nothing else may stay."""
-        return self.weights + self.pages + self.staging
 
 
 def activation_bound(

@@ -14,8 +14,8 @@ from torch import Tensor
 from block_manager.embedding_cache import NOWHERE, RowPlan
 from block_manager.pool_layout import PoolLayout
 from model_executor.attention.backend import AttentionBackend
+from model_executor.device_memory import DeviceMemory
 from model_executor.host_store import HostStore
-from model_executor.memory_ledger import DeviceMemory
 from model_executor.models.heads import RetrievalHead
 from model_executor.models.sequence_model import RankingModel, RetrievalModel, SequenceModel
 from model_executor.page_arena import PageArena

@@ -132,6 +132,7 @@ def toy_engine_config(
     block_tokens: int = 4,
     max_num_batched_tokens: int = 64,
     max_num_seqs: int = 8,
+    max_num_waiting: int = 1024,
 ) -> EngineConfig:
     """An engine over few pages, with freed memory poisoned."""
     model = load_config(model_dir)
@@ -146,7 +147,9 @@ def toy_engine_config(
             block_tokens=block_tokens,
         ),
         scheduler=SchedulerConfig(
-            max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            max_num_waiting=max_num_waiting,
         ),
         poison_freed_memory=True,
     )

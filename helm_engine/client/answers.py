@@ -121,4 +121,4 @@ def _read(answer: Answer, convert: Callable[[Any], T]) -> T:
 
 def _recommendation(value: object) -> Recommendation:
     """The one place that knows how the classes of `helm_engine.protocol` are filled."""
-    return Recommendation.model_validate(value)
+    return msgspec.convert(value, Recommendation)

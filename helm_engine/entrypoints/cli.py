@@ -15,7 +15,7 @@ from helm_engine.exceptions import HelmError
 from helm_engine.version import __version__
 
 if TYPE_CHECKING:
-    from helm_engine.engine_loader import LoadedEngine
+    from helm_engine.served_model import ServedModel
 
 app = typer.Typer(
     name="helm-engine",
@@ -51,56 +51,91 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
     shutdown_timeout: Annotated[
-        int, typer.Option(min=0, help="Seconds that requests in flight have after SIGTERM.")
+        float, typer.Option(min=0, help="Seconds that requests in flight have after SIGTERM.")
     ] = 10,
+    hang_timeout: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds of silence after which the engine is started anew."),
+    ] = 30,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Key that lets a client ask; may be repeated. Others see the flag: "
+            "prefer the environment or a file."
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with such keys, one a line.")
+    ] = None,
+    admin_key: Annotated[
+        list[str] | None, typer.Option(help="Key that lets an operator reload; may be repeated.")
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None, typer.Option(help="File with such keys, one a line.")
+    ] = None,
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option(help="URL that OpenTelemetry spans are sent to (extra otel).")
+    ] = None,
 ) -> None:
     """Serve a model over HTTP until SIGTERM."""
     # Until the server has its own handler: a stop while the model loads is no failure either.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     # Loaded here: `--help` must not wait for torch.
-    from helm_engine.entrypoints import api_server
+    from helm_engine.config import ServerConfig
+    from helm_engine.entrypoints import api_server, http_server
+    from helm_engine.entrypoints.api_keys import read_key_file
 
     options.start_logging()
     try:
         config = options.resolve(model_dir)
-        bound = api_server.open_socket(host, port)
+        server = ServerConfig(
+            shutdown_timeout=shutdown_timeout,
+            hang_timeout=hang_timeout,
+            api_keys=(*(api_key or ()), *(read_key_file(api_key_file) if api_key_file else ())),
+            admin_keys=(
+                *(admin_key or ()),
+                *(read_key_file(admin_key_file) if admin_key_file else ()),
+            ),
+            otlp_traces_endpoint=otlp_traces_endpoint,
+        )
+        bound = http_server.open_socket(host, port)
     except ValueError as error:
         _fail(error)
     except OSError as error:
         _fail(f"{host}:{port}: cannot listen: {error.strerror}; --port picks another")
 
-    def announce(engine: LoadedEngine) -> None:
-        print(_welcome(engine, host, bound.getsockname()[1]), flush=True)
+    def announce(served: ServedModel) -> None:
+        print(_welcome(served, host, bound.getsockname()[1]), flush=True)
 
     try:
-        api_server.serve(config, bound, announce, shutdown_timeout)
-    except (ValueError, HelmError) as error:
+        api_server.serve(config, server, bound, announce)
+    except (ValueError, OSError, RuntimeError, HelmError) as error:
         _fail(error)
 
 
-def _welcome(engine: LoadedEngine, host: str, port: int) -> str:
+def _welcome(served: ServedModel, host: str, port: int) -> str:
     """What the operator sees once the server can be reached."""
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    memory, layout = engine.runner.memory, engine.layout
+    memory, layout = served.memory, served.layout
     return (
-        f"HELM Engine {__version__} serves {engine.config.model_name} on {address}\n"
+        f"HELM Engine {__version__} serves {served.name} on {address}\n"
         f"pool: {layout.num_pages} pages of {layout.page_bytes} bytes "
         f"(KV {layout.num_kv_pages}, EMB {layout.num_emb_pages}), "
         f"{memory.staging} bytes of staging; weights: {memory.weights} bytes; "
-        f"activations: at most {engine.activation_bound} bytes\n"
+        f"activations: at most {served.activation_bound} bytes\n"
         "Try it:\n\n"
         f"curl -s {address}/v1/recommend -H 'Content-Type: application/json' "
-        f"-d '{json.dumps(_request_to_paste(engine))}'\n"
+        f"-d '{json.dumps(_request_to_paste(served))}'\n"
     )
 
 
-def _request_to_paste(engine: LoadedEngine) -> dict[str, Any]:
+def _request_to_paste(served: ServedModel) -> dict[str, Any]:
     from helm_engine.sample_request import sample_request
 
-    model = engine.model_config
+    model = served.model_config
     items = [min(item, model.num_item_rows - 1) for item in (50, 172, 181)]
-    retrieves = engine.runner.retrieval_head is not None
+    retrieves = served.can_retrieve
     body = sample_request(model, items, [100, 160, 220], None if retrieves else items)
     return {"user": "demo", **body, "top_k": 3, "exclude_history": retrieves}
 

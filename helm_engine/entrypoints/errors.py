@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from helm_engine.exceptions import HelmError, InvalidRequestError, QueueFullError
+from helm_engine.exceptions import (
+    AuthenticationError,
+    EngineUnavailableError,
+    HelmError,
+    QueueFullError,
+    StepFailedError,
+)
 from helm_engine.protocol import ErrorBody, ErrorDetail, error_body, invalid_request
 
 logger = logging.getLogger(__name__)
@@ -20,9 +27,11 @@ RETRY_AFTER_SECONDS = 1
 def error_response(error: HelmError) -> JSONResponse:
     """The HTTP answer for an error."""
     headers = {}
-    if isinstance(error, QueueFullError):
+    if isinstance(error, QueueFullError | EngineUnavailableError | StepFailedError):
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    return JSONResponse(error_body(error).model_dump(), status_code=error.status, headers=headers)
+    if isinstance(error, AuthenticationError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(asdict(error_body(error)), status_code=error.status, headers=headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -34,12 +43,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        refused = invalid_request(error.errors())
-        if refused.param == "body":
-            hint = "send a JSON object with Content-Type: application/json"
-            refused = InvalidRequestError(f"{refused}; {hint}", "body")
-        app.state.recommender.metrics.count_failure(refused)
-        return error_response(refused)
+        return error_response(invalid_request(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(_: Request, error: HTTPException) -> JSONResponse:
@@ -52,7 +56,7 @@ def install_error_handlers(app: FastAPI) -> None:
             code=error.status_code,
         )
         return JSONResponse(
-            ErrorBody(error=detail).model_dump(),
+            asdict(ErrorBody(error=detail)),
             status_code=error.status_code,
             headers=dict(error.headers or {}),
         )

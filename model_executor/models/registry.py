@@ -1,12 +1,7 @@
-"""Models and their input assemblers by dialect: the one place that knows all of them."""
+"""Models by dialect; `model_executor/inputs/registry.py` has what turns requests into tokens."""
 
 from __future__ import annotations
 
-from model_executor.inputs.features import InputAssembler
-from model_executor.inputs.nvidia import NvidiaInputs
-from model_executor.inputs.research import ResearchInputs
-from model_executor.inputs.sasrec import SASRecInputs
-from model_executor.inputs.stu import StuInputs
 from model_executor.model_config import (
     ModelConfig,
     NvidiaConfig,
@@ -29,14 +24,3 @@ def build_model(config: ModelConfig) -> SequenceModel:
     if isinstance(config, NvidiaConfig):
         return NvidiaHSTU(config)
     return SASRec(config)
-
-
-def build_inputs(config: ModelConfig) -> InputAssembler:
-    """What turns a request of this model into tokens."""
-    if isinstance(config, ResearchConfig):
-        return ResearchInputs()
-    if isinstance(config, StuConfig):
-        return StuInputs(config)
-    if isinstance(config, NvidiaConfig):
-        return NvidiaInputs(config)
-    return SASRecInputs()

@@ -22,6 +22,8 @@ from block_manager.kv_cache_manager import KVCacheManager
 
 BLOCK_TOKENS = 2
 NUM_PAGES = 9
+USER = 7
+"""Tag of whoever the blocks belong to."""
 
 History = tuple[int, ...]
 
@@ -116,7 +118,7 @@ class KVCacheManagerMachine(RuleBasedStateMachine):
         history = self.history[name]
         num_computed = round(share * len(history))
         hashes = hashes_of(history) if self.reusable[name] else []
-        self.kv.cache_blocks(name, hashes, num_computed)
+        self.kv.cache_blocks(name, hashes, num_computed, USER)
         if self.reusable[name]:
             self.naive.compute(name, history, num_computed)
 
@@ -171,7 +173,7 @@ def check(kv: KVCacheManager) -> None:
 def test_idle_cached_blocks_are_not_counted_as_room_for_new_ones() -> None:
     kv = make_manager(num_pages=4)
     kv.allocate("first", hashes_of((1, 2, 3, 4, 5)), 5, 4)
-    kv.cache_blocks("first", hashes_of((1, 2, 3, 4, 5)), 5)
+    kv.cache_blocks("first", hashes_of((1, 2, 3, 4, 5)), 5, USER)
     kv.free("first")
     longer = (1, 2, 3, 4, 5, 6, 7)
     assert kv.pool.num_free_blocks == 3
@@ -184,7 +186,7 @@ def test_prefix_is_found_up_to_the_limit_only() -> None:
     kv = make_manager(num_pages=8)
     history = (1, 2, 3, 4, 5, 6, 7)
     kv.allocate("first", hashes_of(history), 7, 6)
-    kv.cache_blocks("first", hashes_of(history), 7)
+    kv.cache_blocks("first", hashes_of(history), 7, USER)
     assert kv.allocate("second", hashes_of(history), 7, 5) == 4
     check(kv)
 
@@ -193,7 +195,7 @@ def test_block_that_is_not_fully_computed_is_not_reusable() -> None:
     kv = make_manager(num_pages=8)
     history = (1, 2, 3, 4, 5, 6, 7)
     kv.allocate("first", hashes_of(history), 7, 6)
-    kv.cache_blocks("first", hashes_of(history), 3)
+    kv.cache_blocks("first", hashes_of(history), 3, USER)
     assert kv.allocate("second", hashes_of(history), 7, 6) == 2
     check(kv)
 

@@ -67,7 +67,6 @@ def test_every_item_has_the_scores_of_all_tasks_and_that_of_the_ranking_one(
         ({"candidates": {"item_ids": [1, 2], "category": [1, 7]}}, "candidates.category[1]"),
         ({"candidates": {"item_ids": [1, 2], "category": [1]}}, "candidates.category"),
         ({"candidates": {"item_ids": [1, 2]}}, "candidates.category"),
-        ({"candidates": {"item_ids": [1] * 61, "category": [0] * 61}}, "candidates.item_ids"),
         ({"history": {**BODY["history"], "actions": [1, 0, 32]}}, "history.actions[2]"),
         ({"history": {**BODY["history"], "actions": None}}, "history.actions"),
         ({"history": {**BODY["history"], "category": [0, 6, 2.0]}}, "history.category[2]"),
@@ -90,3 +89,10 @@ def test_models_page_says_why_nothing_is_reused_between_requests(server: Running
     assert reuse["value"] is False
     assert "positions count from the newest event" in reuse["reason"]
     assert model["capabilities"]["chunkable"]["value"] is True
+
+
+def test_more_candidates_than_the_model_reads_are_too_many(server: RunningServer) -> None:
+    many = {"item_ids": [1] * 61, "category": [0] * 61}
+    answer = server.post({**BODY, "candidates": many})
+    assert answer.status_code == 413
+    assert answer.json()["error"]["param"] == "candidates.item_ids"

@@ -20,7 +20,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from examples.hstu_training import load_whole, score_histories
-from helm_engine.entrypoints.api_server import open_socket
+from helm_engine.entrypoints.http_server import open_socket
 from tests.e2e.running_server import BUNDLED_MODEL, RunningServer, command, running_server
 
 HISTORY = {"item_ids": [50, 172, 181], "timestamps": [100, 160, 220]}
@@ -139,7 +139,7 @@ BAD_BODIES: list[tuple[Any, int, str]] = [
     (_changed(candidates={"item_ids": []}), 400, "candidates.item_ids"),
     (_changed(candidates={"item_ids": [1, 9999]}), 400, "candidates.item_ids[1]"),
     (_changed(candidates={"item_ids": [1], "actions": [1, 2]}), 400, "candidates.actions"),
-    (_changed(candidates={"item_ids": [1] * 4097}), 400, "candidates.item_ids"),
+    (_changed(candidates={"item_ids": [1] * 4097}), 413, "candidates.item_ids"),
     (_changed(top_k=0), 400, "top_k"),
     (_changed(top_k=-3), 400, "top_k"),
     (_changed(top_k=4097), 400, "top_k"),

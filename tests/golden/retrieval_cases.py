@@ -101,7 +101,7 @@ def run_rows(engine: LoadedEngine, asked: Request) -> tuple[Tensor, int]:
     """Every row of a request after the output norm, NaN where it was reused; and how many were."""
     scheduler, runner = engine.core.scheduler, engine.runner
     assert isinstance(runner.model, RetrievalModel)
-    rows = torch.full((asked.num_tokens, engine.model_config.embedding_dim), torch.nan)
+    rows = torch.full((asked.num_tokens, engine.served.model_config.embedding_dim), torch.nan)
     scheduler.add_request(asked)
     while scheduler.has_work:
         step = scheduler.schedule(0.0)
@@ -122,7 +122,7 @@ def run_encoder(case: GoldenCase, device: str) -> Iterator[tuple[str, Tensor]]:
     ids, times = case.tensors["in.ids"].numpy(), case.tensors["in.timestamps"].numpy()
     candidates = case.tensors["in.candidate_ids"].numpy()
     top_k = case.tensors["out.topk_ids"].shape[1]
-    all_rows = torch.zeros(*ids.shape, engine.model_config.embedding_dim)
+    all_rows = torch.zeros(*ids.shape, engine.served.model_config.embedding_dim)
     scores, best_ids, best_scores = [], [], []
     for user, length in enumerate(lengths):
         history, events = ids[user, :length], times[user, : length + 1]
@@ -141,7 +141,7 @@ def run_encoder(case: GoldenCase, device: str) -> Iterator[tuple[str, Tensor]]:
         ranked = build_recommendation(prepared, "golden").data
         best_ids.append(torch.tensor([item.item_id for item in ranked]))
         best_scores.append(torch.tensor([item.score for item in ranked]))
-        if len(np.unique(candidates)) == engine.model_config.num_items:
+        if len(np.unique(candidates)) == engine.served.model_config.num_items:
             # The candidates are the catalogue: retrieval must find the same items.
             found = request(f"find-{user}", history, events, top_k=top_k, excluded=history)
             answer(engine, found)

@@ -36,9 +36,13 @@ def largest_error(got: Array, want: Array) -> float:
     return float(np.max(np.abs(got - want) / np.maximum(1.0, np.abs(want))))
 
 
-ROUNDINGS = 40
-"""A pass also rounds what it computes between weights. On a model found by search that moves by
-7e-7 with the last digit of its weights, torch's arithmetic is 11 times as far off, ours 29."""
+DRAWS = 16
+"""One draw of roundings may happen to cancel: those of the model in `test_exactness_rounding.py`
+move scores by 1e-6 to 3e-5 in nine of ten draws. The most of some says what a model makes of them.
+"""
+ROUNDINGS = 2
+"""A pass also rounds what it computes between weights. Over a thousand random models its error was
+at most 1.05 times the most of `DRAWS`."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,19 @@ class Served:
         self.scheduler.check_integrity()
         for body, answer in zip(bodies, answers, strict=True):
             error = largest_error(self._scores(body, answer), self.reference.answer(body))
-            assert error <= TOLERANCE or error <= ROUNDINGS * self._shaken(body), (error, body)
+            assert error <= TOLERANCE or error <= ROUNDINGS * self.shaken(body), (error, body)
         return [answer.usage for answer in answers]
 
-    def _shaken(self, body: dict[str, Any]) -> float:
-        """How far scores move when the weights do by a digit of fp32.
+    def shaken(self, body: dict[str, Any]) -> float:
+        """How far scores move at most when the weights do by a digit of fp32, up or down.
 
         Among thousands of random models there are some that multiply their rounding by hundreds.
         """
-        shaken = load_reference(self.directory, float(np.finfo(np.float32).eps))
-        return largest_error(shaken.answer(body), self.reference.answer(body))
+        digit, want = float(np.finfo(np.float32).eps), self.reference.answer(body)
+        return max(
+            largest_error(load_reference(self.directory, digit, seed).answer(body), want)
+            for seed in range(DRAWS)
+        )
 
     def _scores(self, body: dict[str, Any], answer: Recommendation) -> Array:
         """Scores by candidate, or by item where none were sent: [C, tasks]."""

@@ -293,7 +293,7 @@ def test_scores_in_bfloat16_are_those_in_float32_to_the_second_digit(
     for one, other in zip(want, got, strict=True):
         assert other.score == pytest.approx(one.score, abs=0.05 * max(1.0, largest))
     # Rows, K and V take half the bytes.
-    assert rough.engine.layout.row_bytes * 2 == exact.engine.layout.row_bytes
+    assert rough.engine.served.layout.row_bytes * 2 == exact.engine.served.layout.row_bytes
     assert rough.engine.runner.arena.kv.k.element_size() == 2
 
 

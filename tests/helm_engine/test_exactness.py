@@ -133,7 +133,7 @@ def _play(served: Served, scenario: Scenario) -> None:
         Client(served.config, scenario.seed + place, user=f"u{place}")
         for place in range(scenario.num_users)
     ]
-    keeps_kv = served.recommender.engine.capabilities.chunkable.value
+    keeps_kv = served.recommender.engine.served.capabilities.chunkable.value
     for _ in range(scenario.num_rounds):
         bodies = [_visit(client, rng) for client in clients]
         used = served.ask_all(bodies)

@@ -209,7 +209,7 @@ def test_engine_says_what_it_allows_and_why(
     tmp_path: Path,
 ) -> None:
     served = serve(tmp_path, toy_config(dialect, **changes))
-    said = served.recommender.engine.capabilities.describe()
+    said = served.recommender.engine.served.capabilities.describe()
     assert {name: one["value"] for name, one in said.items()} == {
         "cross_request_reuse": reuse,
         "chunkable": chunkable,

@@ -216,6 +216,6 @@ def test_scores_of_a_micro_batch_are_those_of_all_candidates_where_it_is_cut_at_
 def test_models_page_says_what_the_engine_obeys(tmp_path: Path, dialect: str) -> None:
     probe = Probe(tmp_path, Case(dialect, {}, True, True, 1))
     engine = probe.engine
-    assert engine.capabilities == capabilities_of(engine.model_config)
-    rules = step_rules(engine.model_config, engine.capabilities)
+    assert engine.served.capabilities == capabilities_of(engine.served.model_config)
+    rules = step_rules(engine.served.model_config, engine.served.capabilities)
     assert engine.core.scheduler.rules == rules

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from model_executor.inputs.features import Events, RequestFeatures
+from model_executor.inputs.registry import build_inputs
 from model_executor.models.nvidia import NvidiaHSTU
-from model_executor.models.registry import build_inputs, build_model
+from model_executor.models.registry import build_model
 from model_executor.models.sequence_model import SequenceModel
 from model_executor.models.stu import StuHSTU
 from model_executor.paged_batch import PagedBatch, build_paged_batch

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from model_executor.inputs import nvidia, research, stu
 from model_executor.inputs.features import Events, RequestFeatures, TokenSequence
-from model_executor.models.registry import build_inputs
+from model_executor.inputs.registry import build_inputs
 from model_executor.step import NO_ROW
 from tests.toy_models import TOY_CONFIGS, toy_config
 

@@ -83,7 +83,10 @@ def test_idle_engine_holds_weights_pages_and_staging_alone(
         replace(toy_engine_config(model_dir, num_pages=12), executor=executor)
     )
     engine = recommender.engine
-    pool = engine.layout.num_pages * engine.layout.page_bytes + engine.layout.staging_bytes
+    pool = (
+        engine.served.layout.num_pages * engine.served.layout.page_bytes
+        + engine.served.layout.staging_bytes
+    )
     weights = sum(tensor.nbytes for tensor in load_file(model_dir / DENSE_FILE).values())
     time_edges = 64 * 8
     matrix = 60 * 12 * 4 if max_matrix_bytes else 0

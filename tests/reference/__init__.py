@@ -45,14 +45,15 @@ class Reference(Protocol):
         ...
 
 
-def load_reference(directory: Path, relative_error: float = 0.0) -> Reference:
+def load_reference(directory: Path, relative_error: float = 0.0, seed: int = 0) -> Reference:
     """The reference over a model directory's own files.
 
     Args:
         directory: the model's.
         relative_error: of each weight, up or down at random: what rounding does to scores.
+        seed: of the directions.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def read(file: str) -> dict[str, Array]:
         tensors = load_file(directory / file)

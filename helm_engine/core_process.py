@@ -1,0 +1,198 @@
+"""What runs in an engine core's own process: load, say so, step, answer, until told to stop."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import zmq
+
+from helm_engine.array_frames import FrameDecoder, FrameEncoder
+from helm_engine.clock import SystemClock
+from helm_engine.config import EngineConfig
+from helm_engine.engine_core import EngineCore
+from helm_engine.engine_loader import LoadedEngine, load_engine
+from helm_engine.engine_messages import (
+    AddRequest,
+    EndedRequest,
+    ForgetUser,
+    Forgotten,
+    FromCore,
+    Stop,
+    ToCore,
+    WithdrawRequest,
+)
+from helm_engine.engine_stats import EngineStats
+from helm_engine.exceptions import HelmError, RequestAbortedError
+from helm_engine.request import Request
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 0.2
+"""A core that runs or waits says something at least this often, between steps."""
+_IDLE_CHECK_SECONDS = 1.0
+"""Once the engine has had nothing to do for this long, it looks whether anything was leaked."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoreAddresses:
+    """ZeroMQ addresses of one core."""
+
+    to_core: str
+    """The core is bound to it."""
+    from_core: str
+    """The front is bound to it."""
+
+
+def run_core_process(
+    config: EngineConfig,
+    addresses: CoreAddresses,
+    front: Connection,
+    log_level: int,
+    load: Callable[[EngineConfig], LoadedEngine] | None = None,
+) -> None:
+    """Main function of the process.
+
+    Sends one object through `front`: what is served (`ServedModel`), or the exception that kept
+    the model from being loaded. When the front is gone, the process ends.
+
+    Args:
+        config: the engine's.
+        addresses: where the front listens.
+        front: the child's end of a pipe to the front.
+        log_level: of Python's logging.
+        load: loads the engine; `load_engine` by default.
+    """
+    # The front decides when the core ends: Ctrl-C in a terminal reaches both.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=log_level, format="%(levelname)s %(name)s: %(message)s")
+    threading.Thread(target=_end_with, args=(front,), name="front-watch", daemon=True).start()
+    try:
+        engine = load(config) if load else load_engine(config, SystemClock())
+    except Exception as error:
+        logger.debug("the model could not be loaded", exc_info=True)
+        front.send(_portable(error))
+        return
+    gc.collect()
+    gc.freeze()
+    loop = _CoreLoop(engine.core, addresses)
+    front.send(engine.served)
+    loop.run()
+    # A core that lost track of a page must not end as if all had been well.
+    engine.core.check_integrity()
+
+
+def _end_with(front: Connection) -> None:
+    """Ends this process with the front, however that ended: its end of the pipe is closed then."""
+    try:
+        front.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _portable(error: Exception) -> Exception:
+    """An error of the operator's (a file, a setting) as it is; of any other the text."""
+    if isinstance(error, ValueError | OSError | HelmError):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+class _CoreLoop:
+    """Steps the engine between messages; sockets are read on a thread of their own."""
+
+    def __init__(self, core: EngineCore, addresses: CoreAddresses) -> None:
+        self._core = core
+        self._context = zmq.Context()
+        self._inbox: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._outbox.set_hwm(0)
+        self._outbox.connect(addresses.from_core)
+        self._encoder = FrameEncoder()
+        self._requests: dict[str, Request] = {}
+        self._forgotten: list[Forgotten] = []
+        self._last_said = 0.0
+        inbox = self._context.socket(zmq.PULL)
+        inbox.set_hwm(0)
+        inbox.bind(addresses.to_core)
+        threading.Thread(target=self._read, args=(inbox,), name="core-inbox", daemon=True).start()
+
+    def _read(self, inbox: zmq.Socket[bytes]) -> None:
+        decoder: FrameDecoder[ToCore] = FrameDecoder(ToCore)
+        while True:
+            frames = [frame.buffer for frame in inbox.recv_multipart(copy=False)]
+            self._inbox.put(decoder.decode(frames))
+
+    def run(self) -> None:
+        """Runs until `Stop` comes."""
+        idle_since = time.monotonic()
+        checked = False
+        while True:
+            if self._core.has_work:
+                ended = self._core.step()
+                if not self._take_messages(block=False):
+                    return
+                self._say(ended)
+                idle_since, checked = time.monotonic(), False
+            else:
+                if not self._take_messages(block=True):
+                    return
+                self._say([])
+                if not checked and time.monotonic() - idle_since > _IDLE_CHECK_SECONDS:
+                    self._core.check_nothing_leaked()
+                    checked = True
+
+    def _take_messages(self, block: bool) -> bool:
+        """Carries out what came in, waiting for it for a heartbeat at most; False = stop."""
+        try:
+            message = self._inbox.get(block, HEARTBEAT_SECONDS)
+            while not isinstance(message, Stop):
+                self._carry_out(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+        return False
+
+    def _carry_out(self, message: ToCore) -> None:
+        if isinstance(message, AddRequest):
+            self._add(message.request())
+        elif isinstance(message, WithdrawRequest):
+            request = self._requests.get(message.request_id)
+            if request is not None:
+                aborted = RequestAbortedError("the request was withdrawn")
+                self._core.fail_request(request, aborted)
+        elif isinstance(message, ForgetUser):
+            number = self._core.forget_user(message.user_tag)
+            self._forgotten.append(Forgotten(message.call, number))
+
+    def _add(self, request: Request) -> None:
+        self._requests[request.request_id] = request
+        try:
+            self._core.add_request(request)
+        except HelmError as error:
+            request.error = error
+            self._say([request])
+
+    def _say(self, ended: list[Request]) -> None:
+        """Tells the front what ended; nothing, unless a heartbeat is due, when nothing did."""
+        now = time.monotonic()
+        if not ended and not self._forgotten and now - self._last_said < HEARTBEAT_SECONDS:
+            return
+        for request in ended:
+            del self._requests[request.request_id]
+        message = FromCore(
+            stats=EngineStats.of(self._core.scheduler),
+            ended=[EndedRequest.of(request) for request in ended],
+            forgotten=self._forgotten,
+        )
+        self._outbox.send_multipart(self._encoder.encode(message), copy=False)
+        self._forgotten = []
+        self._last_said = now

@@ -1,0 +1,177 @@
+"""Keeps an engine running: restarts one that died or hung, and replaces it on a reload."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from helm_engine.config import EngineConfig
+from helm_engine.engine_client import EngineClient
+from helm_engine.exceptions import EngineUnavailableError, HelmError, ReloadError
+from helm_engine.input_processor import InputProcessor, new_user_key
+from helm_engine.served_model import ServedModel
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 30.0
+"""An engine that cannot be restarted is tried again after a pause that doubles up to this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine that is ready."""
+
+    client: EngineClient
+    served: ServedModel
+    processor: InputProcessor
+
+
+class EngineSupervisor:
+    """Owns the engine that answers, the one that warms up, and those that finish their last."""
+
+    def __init__(self, config: EngineConfig, start: Callable[[EngineConfig], EngineClient]) -> None:
+        """Starts nothing yet.
+
+        Args:
+            config: of the first engine.
+            start: starts an engine's process.
+        """
+        self.config = config
+        self.num_restarts = 0
+        """Engines that died or hung and were started anew."""
+        self.num_reloads = 0
+        self._start = start
+        # One key for all engines: a user's tag must not change with a restart.
+        self._user_key = new_user_key()
+        self._engine: Engine | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._reloading = asyncio.Lock()
+        self._retiring: dict[asyncio.Task[None], EngineClient] = {}
+        self._why_none = "the engine is starting"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests can be answered."""
+        return self._engine is not None and self._engine.client.is_alive
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that answers.
+
+        Raises:
+            EngineUnavailableError: none is ready.
+        """
+        if self._engine is None:
+            raise EngineUnavailableError(self._why_none)
+        return self._engine
+
+    @property
+    def clients(self) -> list[EngineClient]:
+        """All engines that hold users' KV: the one that answers and those that finish."""
+        current = [] if self._engine is None else [self._engine.client]
+        return current + list(self._retiring.values())
+
+    async def start(self) -> ServedModel:
+        """Starts the first engine and keeps one running from then on.
+
+        Raises:
+            ValueError: the model or a setting cannot be served; see `load_engine`.
+            OSError: likewise.
+            HelmError: the first step failed, or the process died.
+        """
+        self._engine = await self._launch(self.config)
+        self._keeper = asyncio.create_task(self._keep())
+        return self._engine.served
+
+    async def _launch(self, config: EngineConfig) -> Engine:
+        client = self._start(config)
+        try:
+            served = await client.ready()
+        except BaseException:
+            await client.close()
+            raise
+        logger.info("engine core ready: process %s, model %s", client.pid, served.name)
+        return Engine(client, served, served.input_processor(self._user_key))
+
+    async def _keep(self) -> None:
+        """Starts a new engine whenever the one that answers has ended."""
+        while True:
+            client = self.engine.client
+            reason = await asyncio.shield(client.ended)
+            logger.error("%s; a new one is started", reason)
+            self._engine, self._why_none = None, f"{reason}; it is being restarted"
+            await client.close()
+            self._engine = await self._relaunch()
+            self.num_restarts += 1
+
+    async def _relaunch(self) -> Engine:
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return await self._launch(self.config)
+            except (ValueError, OSError, RuntimeError, HelmError) as error:
+                logger.error("the engine could not be started: %s; again in %g s", error, pause)
+                self._why_none = f"the engine could not be started: {error}"
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    async def reload(self, model_dir: Path | None) -> ServedModel:
+        """Warms a model beside the one served, then puts it in its place.
+
+        Requests in flight end on the engine that they began on. Both pools exist meanwhile.
+
+        Args:
+            model_dir: None = read the same directory again.
+
+        Raises:
+            ReloadError: another reload is under way, or the model cannot be served.
+            EngineUnavailableError: no engine is there to be replaced; it is being restarted.
+        """
+        if self._reloading.locked():
+            raise ReloadError("another reload is under way")
+        async with self._reloading:
+            _ = self.engine
+            config = self.config if model_dir is None else replace(self.config, model_dir=model_dir)
+            try:
+                engine = await self._launch(config)
+            except (ValueError, OSError, RuntimeError, HelmError) as error:
+                raise ReloadError(f"the model was not replaced: {error}", "model_dir") from error
+            self.config = config
+            self.num_reloads += 1
+            self._replace(engine)
+            return engine.served
+
+    def _replace(self, engine: Engine) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+        before, self._engine = self._engine, engine
+        self._keeper = asyncio.create_task(self._keep())
+        if before is not None:  # It may have died while the new one warmed up.
+            retiring = asyncio.create_task(self._retire(before.client))
+            self._retiring[retiring] = before.client
+            retiring.add_done_callback(self._retiring.pop)
+
+    async def _retire(self, client: EngineClient) -> None:
+        await client.drain()
+        status = await client.close()
+        if status:
+            logger.error("the engine that was replaced ended with status %d", status)
+
+    def fail_pending(self, reason: str) -> None:
+        """Answers all waiting clients with an error."""
+        for client in self.clients:
+            client.fail_pending(reason)
+
+    async def close(self) -> bool:
+        """Ends all engines; whether each ended with its books in order."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+        clients = self.clients
+        for task in self._retiring:
+            task.cancel()
+        self._engine, self._why_none = None, "the engine has stopped"
+        return not any(await asyncio.gather(*(client.close() for client in clients)))

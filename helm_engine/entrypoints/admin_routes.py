@@ -1,0 +1,62 @@
+"""What changes the server: reloading a model, forgetting a user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Request
+from fastapi import Path as PathParameter
+from pydantic import BaseModel, ConfigDict, Field
+
+from helm_engine.protocol import MAX_USER_LENGTH, ErrorBody
+
+router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
+
+
+class ReloadRequest(BaseModel):
+    """Body of `POST /v1/admin/reload`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    model_dir: str | None = Field(
+        default=None, min_length=1, description="On the server; absent = the one served, again."
+    )
+
+
+class ReloadedModel(BaseModel):
+    """Answer of `POST /v1/admin/reload`: what is served now."""
+
+    model: str
+    version: str
+
+
+class ForgottenUser(BaseModel):
+    """Answer of `POST /v1/users/{user}:forget`."""
+
+    user: str
+    blocks_forgotten: int
+    """KV blocks that can no longer be found."""
+
+
+@router.post("/v1/admin/reload")
+async def reload(request: Request, body: ReloadRequest | None = None) -> ReloadedModel:
+    """Warm a model beside the one served and put it in its place; needs the admin key.
+
+    Requests in flight end on the model that they began on. If the new one cannot be served, the
+    answer is 409 and nothing changes.
+    """
+    supervisor = request.app.state.recommender.supervisor
+    wanted = None if body is None or body.model_dir is None else Path(body.model_dir)
+    served = await supervisor.reload(wanted)
+    return ReloadedModel(model=served.name, version=served.version)
+
+
+@router.post("/v1/users/{user:path}:forget")
+async def forget(
+    request: Request,
+    user: Annotated[str, PathParameter(min_length=1, max_length=MAX_USER_LENGTH)],
+) -> ForgottenUser:
+    """Drop a user's KV, also that which requests in flight are about to leave."""
+    number = await request.app.state.recommender.forget_user(user)
+    return ForgottenUser(user=user, blocks_forgotten=number)

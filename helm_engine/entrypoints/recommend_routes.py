@@ -1,0 +1,172 @@
+"""`POST /v1/recommend`: one request or several, in JSON or msgpack."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from starlette.requests import ClientDisconnect
+
+from helm_engine.async_recommender import AsyncRecommender
+from helm_engine.body_codec import (
+    Encoding,
+    encode_answer,
+    encoding_of,
+    parse_body,
+    select_fields,
+)
+from helm_engine.config import RequestLimits
+from helm_engine.entrypoints.tracing import Tracer
+from helm_engine.exceptions import (
+    EngineUnavailableError,
+    HelmError,
+    InvalidRequestError,
+    RequestAbortedError,
+    RequestTooLargeError,
+    UnsupportedMediaTypeError,
+)
+from helm_engine.protocol import (
+    ErrorBody,
+    Recommendation,
+    RecommendationList,
+    error_body,
+    parse_request,
+)
+
+Result = TypeVar("Result")
+
+
+def recommend_router(limits: RequestLimits) -> APIRouter:
+    """The routes; the application's state holds the recommender and the tracer."""
+
+    async def recommend(request: Request) -> Response:
+        state = request.app.state
+        with state.tracer.span(f"POST {request.url.path}", request.state.parent) as span:
+            request.state.trace = span.ids or request.state.trace
+            if state.is_draining:
+                raise EngineUnavailableError("the server is shutting down")
+            return await _Answering(request).response(limits)
+
+    router = APIRouter()
+    for path in ("/v1/recommend", "/recommend"):
+        router.post(
+            path,
+            response_model=Recommendation | RecommendationList,
+            responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+            summary="Score candidates, or retrieve the best items of the catalogue",
+            operation_id=path.strip("/").replace("/", "_"),
+        )(recommend)
+    return router
+
+
+class _Answering:
+    """Answers what one HTTP request asks."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._request_id: str = request.state.request_id
+        self._recommender: AsyncRecommender = request.app.state.recommender
+        self._tracer: Tracer = request.app.state.tracer
+
+    async def response(self, limits: RequestLimits) -> Response:
+        """The whole HTTP answer."""
+        try:
+            encoding = _encoding_of_body(self._request)
+            parsed = parse_body(await _body(self._request), encoding)
+        except HelmError as error:
+            self._recommender.metrics.count_failure(error)
+            raise
+        several = isinstance(parsed, dict) and "requests" in parsed
+        work = self.many(parsed, limits) if several else self.one(parsed, "")
+        answer = await unless_client_leaves(self._request, work)
+        wanted = _encoding_of_answer(self._request, encoding)
+        return Response(encode_answer(answer, wanted), media_type=wanted.value)
+
+    async def one(self, raw: object, suffix: str) -> Recommendation | dict[str, Any]:
+        """The answer, or those parts of it that were asked for."""
+        try:
+            body = parse_request(raw)
+        except HelmError as error:
+            self._recommender.metrics.count_failure(error)
+            raise
+        with self._tracer.span("recommend") as span:
+            answer = await self._recommender.recommend(body, f"rec-{self._request_id}{suffix}")
+            span.describe(answer)
+        return answer if body.fields is None else select_fields(answer, body.fields)
+
+    async def many(self, parsed: dict[Any, Any], limits: RequestLimits) -> dict[str, Any]:
+        """Answers in the order of the requests, each a recommendation or an error body."""
+        for name in parsed:
+            if name != "requests":
+                raise InvalidRequestError(f"{name}: unknown field beside requests", str(name))
+        raw = parsed["requests"]
+        if not isinstance(raw, list) or not raw:
+            raise InvalidRequestError("requests: must be an array of requests", "requests")
+        if len(raw) > limits.max_requests:
+            raise RequestTooLargeError(
+                f"requests: holds {len(raw)} requests, the limit is {limits.max_requests}",
+                "requests",
+            )
+        asked = [self._one_or_error(one, f"-{place}") for place, one in enumerate(raw)]
+        return {"object": "list", "data": await asyncio.gather(*asked)}
+
+    async def _one_or_error(
+        self, raw: object, suffix: str
+    ) -> Recommendation | dict[str, Any] | ErrorBody:
+        try:
+            return await self.one(raw, suffix)
+        except HelmError as error:
+            return error_body(error)
+
+
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Does the work; withdraws it, and with it the pages it holds, once the client is gone.
+
+    Raises:
+        RequestAbortedError: the client hung up.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_client_leaves(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise RequestAbortedError("the client hung up")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _client_leaves(request: Request) -> None:
+    """Returns once the connection is closed; the body has been read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(request: Request) -> bytes:
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        raise RequestAbortedError("the client hung up while it sent the request") from None
+
+
+def _encoding_of_body(request: Request) -> Encoding:
+    sent = request.headers.get("content-type", Encoding.JSON.value)
+    encoding = encoding_of(sent)
+    if encoding is None:
+        raise UnsupportedMediaTypeError(
+            f"Content-Type: {sent!r} is not read; send application/json or application/msgpack",
+            "Content-Type",
+        )
+    return encoding
+
+
+def _encoding_of_answer(request: Request, encoding: Encoding) -> Encoding:
+    """The first one that the client accepts and we know; that of its body by default."""
+    for accepted in request.headers.get("accept", "").split(","):
+        wanted = encoding_of(accepted)
+        if wanted is not None:
+            return wanted
+    return encoding

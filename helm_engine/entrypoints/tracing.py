@@ -1,0 +1,118 @@
+"""OpenTelemetry spans of requests, where the operator wants them; extra `otel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from helm_engine.entrypoints.request_ids import TraceIds
+from helm_engine.exceptions import HelmError
+from helm_engine.protocol import Recommendation
+from helm_engine.version import __version__
+
+if TYPE_CHECKING:
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+
+
+class Span:
+    """An open span; does nothing where nothing is traced."""
+
+    def __init__(self, span: trace.Span | None = None) -> None:
+        self._span = span
+
+    @property
+    def ids(self) -> TraceIds | None:
+        """Its place in the trace."""
+        if self._span is None:
+            return None
+        place = self._span.get_span_context()
+        return TraceIds(
+            f"{place.trace_id:032x}", f"{place.span_id:016x}", f"{int(place.trace_flags):02x}"
+        )
+
+    def describe(self, answer: Recommendation) -> None:
+        """Adds what the request took and what the caches spared."""
+        if self._span is None:
+            return
+        usage = answer.usage
+        self._span.set_attributes(
+            {
+                "helm.request_id": answer.id,
+                "helm.model": answer.model,
+                "helm.usage.history_tokens": usage.history_tokens,
+                "helm.usage.cached_tokens": usage.cached_tokens,
+                "helm.usage.candidates": usage.candidates,
+                "helm.usage.rows_requested": usage.rows_requested,
+                "helm.usage.rows_resident": usage.rows_resident,
+                "helm.latency.queue_ms": usage.timings_ms.queue,
+                "helm.latency.load_ms": usage.timings_ms.load,
+                "helm.latency.prefill_ms": usage.timings_ms.prefill,
+                "helm.latency.score_ms": usage.timings_ms.score,
+            }
+        )
+
+
+class Tracer:
+    """Makes spans; without an exporter none."""
+
+    def __init__(self, provider: TracerProvider | None = None) -> None:
+        self._provider = provider
+        self._tracer = provider.get_tracer("helm_engine", __version__) if provider else None
+
+    @classmethod
+    def exporting_to(cls, endpoint: str) -> Tracer:
+        """Spans go to an OTLP collector over HTTP.
+
+        Args:
+            endpoint: its traces URL, for instance http://localhost:4318/v1/traces.
+
+        Raises:
+            ValueError: the extra `otel` is not installed.
+        """
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as error:
+            raise ValueError(
+                "otlp_traces_endpoint: needs the extra otel: pip install 'helm-engine[otel]'"
+            ) from error
+        resource = Resource.create({"service.name": "helm-engine", "service.version": __version__})
+        provider = TracerProvider(resource=resource)
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        return cls(provider)
+
+    @contextmanager
+    def span(self, name: str, remote_parent: TraceIds | None = None) -> Iterator[Span]:
+        """A span below the client's, or below the one that is open here."""
+        if self._tracer is None:
+            yield Span()
+            return
+        from opentelemetry import trace
+
+        below = None
+        if remote_parent is not None:
+            context = trace.SpanContext(
+                trace_id=int(remote_parent.trace_id, 16),
+                span_id=int(remote_parent.span_id, 16),
+                is_remote=True,
+                trace_flags=trace.TraceFlags(int(remote_parent.flags, 16)),
+            )
+            below = trace.set_span_in_context(trace.NonRecordingSpan(context))
+        with self._tracer.start_as_current_span(
+            name, context=below, kind=trace.SpanKind.SERVER, record_exception=False
+        ) as span:
+            try:
+                yield Span(span)
+            except HelmError as error:
+                span.set_attribute("error.type", error.error_type)
+                span.set_attribute("http.response.status_code", error.status)
+                raise
+
+    def close(self) -> None:
+        """Sends what has not been sent."""
+        if self._provider is not None:
+            self._provider.shutdown()

@@ -1,0 +1,20 @@
+"""What stays on the device between steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes that stay on the device between steps."""
+
+    weights: int
+    """Dense weights and, where there is a retrieval head, its item matrix."""
+    pages: int
+    staging: int
+
+    @property
+    def total(self) -> int:
+        """All of it: nothing else may stay."""
+        return self.weights + self.pages + self.staging
