@@ -33,7 +33,7 @@ class RequestBody:
         """Takes one request unless `is_list`.
 
         Raises:
-            InvalidRequestError: a deadline is no positive number, or a field cannot be sent.
+            InvalidRequestError: names the field that cannot be sent, or asked for.
         """
         self.encoding = encoding
         self._is_list = is_list
@@ -67,6 +67,12 @@ def _encoded(
     if isinstance(request, RecommendRequest):
         request = {name: getattr(request, name) for name in request.model_fields_set}
     fields = {name: value for name, value in request.items() if value is not None}
+    if "fields" in fields:
+        # The answer would be no `Recommendation`.
+        raise InvalidRequestError(
+            f"{prefix}fields: the client reads whole answers; ask for parts over plain HTTP",
+            f"{prefix}fields",
+        )
     deadline_ms = _deadline_ms(fields.pop("deadline_ms", math.inf), f"{prefix}deadline_ms")
     encoded = {
         name: msgspec.Raw(encode(value, encoding, f"{prefix}{name}"))

@@ -11,6 +11,8 @@ from helm_engine.protocol import Candidates, History
 class RecommendParams(TypedDict, total=False):
     """Fields of `helm_engine.protocol.RecommendRequest`, which says what they mean.
 
+    All but `fields`: the client reads whole answers.
+
     Arrays are sequences of integers or one-dimensional NumPy arrays of any integer dtype. None is
     as good as absent. Only the server checks them: it knows the model. `fields` is missing: a
     `Recommendation` is whole.

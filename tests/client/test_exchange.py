@@ -22,6 +22,11 @@ from tests.client.stub_server import RECOMMENDATION, error_entry
 
 HISTORY = {"item_ids": [1]}
 ROUNDING_SECONDS = 1e-9
+KINDS_BY_STATUS = {
+    429: "overloaded_error",
+    500: "internal_error",
+    503: "service_unavailable_error",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +41,13 @@ class Happening:
     oversleeps: float
     """Seconds by which the wait that follows is too long."""
 
-    def answer(self) -> tuple[int, dict[str, str], bytes]:
-        body = RECOMMENDATION if self.status == 200 else error_entry(self.status)
+    def answer(self, num_requests: int | None) -> tuple[int, dict[str, str], bytes]:
+        """To a list of so many requests; None = to one that is no list."""
+        body: object = RECOMMENDATION if num_requests is None else {
+            "object": "list", "data": [RECOMMENDATION] * num_requests,
+        }  # fmt: skip
+        if self.status != 200:
+            body = error_entry(self.status, KINDS_BY_STATUS[self.status])
         headers = {"retry-after": self.retry_after} if self.retry_after else {}
         return self.status, headers, msgspec.json.encode(body)
 
@@ -53,7 +63,7 @@ happenings = st.builds(
     oversleeps=st.one_of(st.just(0.0), seconds),
 )
 scripts = st.lists(happenings, min_size=1, max_size=8)
-deadlines = st.one_of(st.none(), st.floats(1, 5_000))
+deadlines = st.one_of(st.none(), st.floats(1, 500), st.floats(500, 5_000), st.floats(2_000, 5_000))
 # Never 0: where answers take no time either, a call would stand still in virtual time.
 jitters = st.floats(0.05, 1, exclude_max=True)
 
@@ -89,7 +99,7 @@ class World:
         self.clock.advance(happening.takes)
         if happening.status == 0:
             return Failure(ServerConnectionError("broken"), may_retry=True)
-        return Answer(*happening.answer())
+        return Answer(*happening.answer(len(body["requests"]) if "requests" in body else None))
 
     def pause(self, pause: Pause) -> Outcome:
         self.pauses.append((self.clock.now(), pause.seconds))
@@ -114,7 +124,8 @@ class World:
 
 @given(
     script=scripts, deadlines_ms=st.lists(deadlines, min_size=1, max_size=3),
-    is_list=st.booleans(), timeout=st.floats(0.1, 5), max_retries=st.integers(0, 4), jitter=jitters,
+    is_list=st.booleans(), timeout=st.floats(0.1, 5), max_retries=st.sampled_from([0, 1, 2, 4]),
+    jitter=jitters,
 )  # fmt: skip
 def test_nothing_happens_beyond_the_deadline(
     script: list[Happening], deadlines_ms: list[float | None], is_list: bool,
@@ -162,7 +173,8 @@ def test_it_gives_up_only_where_it_must(
         assert last.status == 200
     elif last.status != 500 and last.takes <= world.attempts[-1].limit:
         # It could have been repeated, so there was no time or no attempt left.
-        wait = max(5.0, float(last.retry_after or 0))
+        asked = float(last.retry_after or 0) if last.status else 0.0
+        wait = max(asked, jitter * min(5.0, 0.1 * 2 ** (len(world.attempts) - 1)))
         assert (
             world.clock.now() + wait >= end
             or (deadline_ms is None and len(world.attempts) == options.max_retries + 1)
@@ -189,7 +201,7 @@ def test_the_sync_and_the_async_client_do_the_same(
             ask.clock.advance(happening.takes)  # noqa: B023
             if happening.status == 0:
                 raise httpx.ConnectError("refused")
-            status, headers, content = happening.answer()
+            status, headers, content = happening.answer(None)
             return httpx.Response(status, headers=headers, content=content)
 
         ask = Asking(kind, handler=handle, jitter=lambda: jitter)

@@ -68,6 +68,34 @@ def test_status_pages_and_errors(server: RunningServer, kind: str) -> None:
         ask(server.address, "recommend", history=HISTORY, deadline_ms=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+def test_many_requests_and_a_forgotten_user(
+    server: RunningServer, kind: str, encoding: str
+) -> None:
+    ask, options = Asking(kind), {"encoding": encoding}
+    user = f"forget/{kind} {encoding}"
+    long = {"item_ids": np.arange(1, 41), "timestamps": np.arange(40)}
+    requests = [
+        {"user": user, "history": long},
+        {"history": {"item_ids": [5000], "timestamps": [1]}},
+        {"history": HISTORY, "top_k": 2},
+    ]
+    first, refused, last = ask(server.address, "recommend_many", requests, options=options)
+    plain = server.post({"history": HISTORY, "top_k": 2}).json()
+    assert (len(first.data), [item.item_id for item in last.data]) == (
+        10, [item["item_id"] for item in plain["data"]],
+    )  # fmt: skip
+    assert isinstance(refused, InvalidRequestError)
+    assert "item_ids[0]" in str(refused.param)
+    again = {"user": user, "history": long, "request_id": "client-1"}
+    assert ask(server.address, "recommend", options=options, **again).usage.cached_tokens > 0
+    forgotten = ask(server.address, "forget", user, options=options)
+    assert forgotten.user == user
+    assert forgotten.blocks_forgotten > 0
+    assert ask(server.address, "recommend", options=options, **again).usage.cached_tokens == 0
+
+
 def _blocks() -> list[tuple[str, str, str]]:
     """Language, text, and what the document says that it prints ("" = not shown)."""
     found = re.findall(r"```(\w+)\n(.*?)```(?:\n\n```text\n(.*?)```)?", DOCUMENT, flags=re.DOTALL)
