@@ -74,5 +74,5 @@ def movielens(dataset: MovieLens100K) -> Workload:
         pool_bytes=32 << 20,
         batch=16,
         batches=40,
-        segment=200,
+        segment=1000,  # A second or so.
     )
