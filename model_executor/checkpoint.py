@@ -72,7 +72,23 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ModelDirectoryError(f"{path}: cannot be read: {error}") from error
+        raise ModelDirectoryError(f"{path}: {_why_unreadable(path, error)}") from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """The tensor that a damaged file lacks the end of, where its header still says so."""
+    try:
+        header, data_start = _parse_header(path)
+        size = path.stat().st_size
+        ends = {
+            name: data_start + one["data_offsets"][1]
+            for name, one in header.items()
+            if name != "__metadata__"
+        }
+        name = min((name for name in ends if ends[name] > size), key=lambda name: ends[name])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return f"cannot be read: {error}"
+    return f"tensor {name!r} is cut short: it ends at byte {ends[name]}, the file has {size}"
 
 
 def _check_tensor(path: Path, name: str, found: Tensor, wanted: Tensor) -> None:
@@ -133,11 +149,17 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         # The library's own reader checks the header, its offsets and the file's length.
         with safe_open(path, framework="np"):
             pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
-            header = json.loads(file.read(length))
+        return _parse_header(path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise ModelDirectoryError(f"{path}: cannot be read: {error}") from error
+        raise ModelDirectoryError(f"{path}: {_why_unreadable(path, error)}") from error
+
+
+def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"its header is said to have {length} bytes")
+        header = json.loads(file.read(length))
     return header, _HEADER_LENGTH_BYTES + length
 
 
