@@ -66,8 +66,9 @@ setup(
         "pydantic>=2.7",
         "pysimdjson>=6.0",
         "prometheus-client>=0.20",
-        "typer>=0.12.4",
+        "typer>=0.29",
         "rich>=13.7",
+        "tomlkit>=0.13",
     ],
     extras_require={
         "bench": ["mlcommons-loadgen>=5.0"],

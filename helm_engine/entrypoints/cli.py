@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from helm_engine.entrypoints.engine_options import EngineOptions, takes_engine_options
+from helm_engine.entrypoints.command import CommandError, HelmCommand, HelmGroup
+from helm_engine.entrypoints.engine_options import (
+    ENGINE_CONTEXT,
+    EngineOptions,
+    takes_engine_options,
+)
 from helm_engine.exceptions import HelmError
 from helm_engine.version import __version__
 
@@ -19,8 +24,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="helm-engine",
+    cls=HelmGroup,
     help="Serve generative recommenders out of one paged memory pool.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     # Plain help: the boxed one cuts long flags off on a narrow terminal.
@@ -28,30 +33,84 @@ app = typer.Typer(
 )
 
 
+_PRECEDENCE = """
+
+\b
+Each value comes from its flag, else from its HELM_ variable, else from the file
+of --config, else from the default; --dump-config shows which.
+"""
+_SERVE_EXAMPLES = f"""
+\b
+Examples:
+  helm-engine serve examples/models/hstu-ml-100k
+  helm-engine serve MODEL_DIR --pool-bytes 8GiB --emb-fraction 0.3 --device cuda
+  HELM_PORT=9000 helm-engine serve MODEL_DIR --config engine.toml
+  helm-engine serve MODEL_DIR --pool-bytes 8GiB --dump-config > engine.toml
+{_PRECEDENCE}"""
+_RUN_BATCH_EXAMPLES = f"""
+\b
+Examples:
+  helm-engine run-batch -i in.jsonl -o out.jsonl --model MODEL_DIR
+  helm-engine run-batch -i in.jsonl -o out.jsonl --config engine.toml
+{_PRECEDENCE}"""
+_CONVERT_EXAMPLES = """
+\b
+Examples:
+  helm-engine convert --dialect stu checkpoint/ model/ --config fields.json
+  helm-engine convert --dialect research hstu.pt model/ --config fields.json
+
+\b
+docs/convert.md lists what each dialect's checkpoint does not say.
+"""
+
+
 def _fail(message: object) -> NoReturn:
-    print(f"helm-engine: error: {message}", file=sys.stderr)
-    raise typer.Exit(2)
+    raise CommandError(str(message))
 
 
 @app.callback(invoke_without_command=True)
 def main_options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Serve generative recommenders out of one paged memory pool."""
     if version:
         print(f"helm-engine {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
-@app.command()
+@app.command(cls=HelmCommand, context_settings=ENGINE_CONTEXT, epilog=_SERVE_EXAMPLES)
 @takes_engine_options
 def serve(
     options: EngineOptions,
-    model_dir: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL_DIR",
+            envvar="HELM_MODEL",
+            help="Directory with config.json and safetensors.",
+        ),
+    ],
+    host: Annotated[
+        str,
+        typer.Option(metavar="ADDRESS", rich_help_panel="Server", help="Address to listen on."),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(
+            metavar="PORT", min=0, max=65535, rich_help_panel="Server", help="0 picks a free port."
+        ),
+    ] = 8000,
     shutdown_timeout: Annotated[
-        int, typer.Option(min=0, help="Seconds that requests in flight have after SIGTERM.")
+        int,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            rich_help_panel="Server",
+            help="Time that requests in flight have after SIGTERM.",
+        ),
     ] = 10,
 ) -> None:
     """Serve a model over HTTP until SIGTERM."""
@@ -63,7 +122,7 @@ def serve(
 
     options.start_logging()
     try:
-        config = options.resolve(model_dir)
+        config = options.resolve(model)
         bound = api_server.open_socket(host, port)
     except ValueError as error:
         _fail(error)
@@ -105,14 +164,41 @@ def _request_to_paste(engine: LoadedEngine) -> dict[str, Any]:
     return {"user": "demo", **body, "top_k": 3, "exclude_history": retrieves}
 
 
-@app.command("run-batch")
+@app.command(
+    "run-batch", cls=HelmCommand, context_settings=ENGINE_CONTEXT, epilog=_RUN_BATCH_EXAMPLES
+)
 @takes_engine_options
 def run_batch(
     options: EngineOptions,
-    source: Annotated[Path, typer.Option("--input", "-i", help="JSON lines to answer.")],
-    target: Annotated[Path, typer.Option("--output", "-o", help="Where answers go.")],
-    model_dir: Annotated[
-        Path, typer.Option("--model", help="Directory with config.json and safetensors.")
+    source: Annotated[
+        Path,
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="FILE",
+            envvar="HELM_INPUT",
+            rich_help_panel="Files",
+            help="JSON lines to answer.",
+        ),
+    ],
+    target: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            envvar="HELM_OUTPUT",
+            rich_help_panel="Files",
+            help="Where answers go.",
+        ),
+    ],
+    model: Annotated[
+        Path,
+        typer.Option(
+            metavar="MODEL_DIR",
+            rich_help_panel="Files",
+            help="Directory with config.json and safetensors.",
+        ),
     ],
 ) -> None:
     """Answer a file of OpenAI batch lines, without a server."""
@@ -122,7 +208,7 @@ def run_batch(
     options.start_logging()
     try:
         batch.check_files(source, target)
-        recommender = Recommender.from_config(options.resolve(model_dir))
+        recommender = Recommender.from_config(options.resolve(model))
         counted = batch.run_batch(recommender, source, target)
     except (ValueError, HelmError) as error:
         _fail(error)
@@ -131,7 +217,7 @@ def run_batch(
     print(f"{counted.succeeded} answered, {counted.failed} failed", file=sys.stderr)
 
 
-@app.command()
+@app.command(cls=HelmCommand, epilog=_CONVERT_EXAMPLES)
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint file or directory.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Model directory to make.")],
