@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from rich.progress import TaskProgressColumn
 
 from helm_engine.entrypoints.command import CommandError, HelmCommand, HelmGroup
 from helm_engine.entrypoints.engine_options import (
@@ -16,6 +19,7 @@ from helm_engine.entrypoints.engine_options import (
     EngineOptions,
     takes_engine_options,
 )
+from helm_engine.entrypoints.waiting import SlowNotice, progress_bar
 from helm_engine.exceptions import HelmError
 from helm_engine.version import __version__
 
@@ -85,6 +89,7 @@ def main_options(
 @takes_engine_options
 def serve(
     options: EngineOptions,
+    notice: SlowNotice,
     model: Annotated[
         Path,
         typer.Argument(
@@ -117,10 +122,12 @@ def serve(
     # Until the server has its own handler: a stop while the model loads is no failure either.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
+    notice.say("loading torch")
     # Loaded here: `--help` must not wait for torch.
     from helm_engine.entrypoints import api_server
 
     options.start_logging()
+    notice.say(f"loading {model}")
     try:
         config = options.resolve(model)
         bound = api_server.open_socket(host, port)
@@ -130,6 +137,7 @@ def serve(
         _fail(f"{host}:{port}: cannot listen: {error.strerror}; --port picks another")
 
     def announce(engine: LoadedEngine) -> None:
+        notice.end()
         print(_welcome(engine, host, bound.getsockname()[1]), flush=True)
 
     try:
@@ -170,6 +178,7 @@ def _request_to_paste(engine: LoadedEngine) -> dict[str, Any]:
 @takes_engine_options
 def run_batch(
     options: EngineOptions,
+    notice: SlowNotice,
     source: Annotated[
         Path,
         typer.Option(
@@ -202,13 +211,16 @@ def run_batch(
     ],
 ) -> None:
     """Answer a file of OpenAI batch lines, without a server."""
+    notice.say("loading torch")
     from helm_engine import batch
     from helm_engine.recommender import Recommender
 
     options.start_logging()
     try:
         batch.check_files(source, target)
+        notice.say(f"loading {model}")
         recommender = Recommender.from_config(options.resolve(model))
+        notice.say(f"answering {source}")
         counted = batch.run_batch(recommender, source, target)
     except (ValueError, HelmError) as error:
         _fail(error)
@@ -233,7 +245,12 @@ def convert(
     from model_executor.converters.convert import convert_checkpoint, describe
 
     try:
-        conversion = convert_checkpoint(dialect, source, target, config)
+        with progress_bar(TaskProgressColumn()) as progress:
+
+            def watch(table: str, numbers: int) -> Callable[[int], None]:
+                return partial(progress.advance, progress.add_task(table, total=numbers))
+
+            conversion = convert_checkpoint(dialect, source, target, config, watch)
     except ValueError as error:
         _fail(error)
     except OSError as error:

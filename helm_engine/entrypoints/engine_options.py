@@ -6,10 +6,10 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO, get_type_hints
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -18,7 +18,9 @@ from block_manager.pool_layout import PoolConfig
 from helm_engine.config import EngineConfig, ExecutorConfig, RequestLimits, SchedulerConfig
 from helm_engine.entrypoints.command import CommandError
 from helm_engine.entrypoints.config_file import configuration_toml, use_config_file
+from helm_engine.entrypoints.option_groups import KEYWORD, declare, takes_option_groups
 from helm_engine.entrypoints.value_source import with_place
+from helm_engine.entrypoints.waiting import SlowNotice
 
 _POOL = PoolConfig()
 _SCHEDULER = SchedulerConfig()
@@ -31,11 +33,6 @@ ENGINE_CONTEXT = {"auto_envvar_prefix": "HELM"}
 
 def _size(value: int) -> str:
     return f"{value >> 20}MiB"
-
-
-def secret_option(help_text: str) -> Any:
-    """An option whose value is never printed, as a default, by `--dump-config` or in an error."""
-    return typer.Option(help=help_text, hide_input=True, show_default=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,62 +227,59 @@ def _bytes(field: str, text: str) -> int:
         raise ValueError(f"{field}: {text!r} is not a size such as 64MiB") from None
 
 
-def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Makes a command that runs an engine of a function on `EngineOptions` and a `model`.
+@dataclass(frozen=True, slots=True)
+class _ConfigOptions:
+    """Where values come from."""
 
-    The command gets a flag for each option, `--config` and `--dump-config`. Bad values are refused
-    before the function is called, and errors that it raises say which variable or file set them.
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            is_eager=True,
+            callback=use_config_file,
+            help="TOML file with values of flags, named as the flags.",
+        ),
+    ] = None
+    dump_config: Annotated[
+        bool,
+        typer.Option(
+            "--dump-config",
+            is_eager=True,
+            allow_from_autoenv=False,
+            help="Print every value as TOML, with where it came from, and end.",
+        ),
+    ] = False
+
+
+def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Makes a command that runs an engine of a function on `options`, a `notice` and a `model`.
+
+    The command gets a flag for each of `EngineOptions`, `--config` and `--dump-config`. Bad values
+    are refused before the function is called, and errors that it raises say which variable or file
+    set them.
     """
-    hints = get_type_hints(EngineOptions, include_extras=True)
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    flags = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
-        for field in fields(EngineOptions)
-    ]
 
     @wraps(command)
-    def with_flags(context: typer.Context, dump_config: bool, **values: Any) -> None:
-        del values["config"]  # Its callback has read it.
-        options = EngineOptions(**{flag.name: values.pop(flag.name) for flag in flags})
+    def checked(context: typer.Context, config_options: _ConfigOptions, **values: Any) -> None:
         try:
-            options.resolve(values["model"])
+            values["options"].resolve(values["model"])
         except ValueError as error:
             raise CommandError(with_place(context, str(error))) from error
-        if dump_config:
+        if config_options.dump_config:
             print(configuration_toml(context), end="")
             return
         try:
-            command(options, **values)
+            with SlowNotice() as notice:
+                command(notice=notice, **values)
         except CommandError as error:
             raise CommandError(with_place(context, str(error))) from error
 
-    parameters = [one.replace(kind=keyword) for one in own] + flags
-    parameters += [
-        inspect.Parameter("config", keyword, default=None, annotation=_CONFIG),
-        inspect.Parameter("dump_config", keyword, default=False, annotation=_DUMP_CONFIG),
-        inspect.Parameter("context", keyword, annotation=typer.Context),
+    own = [
+        parameter.replace(kind=KEYWORD)
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.annotation is not SlowNotice
     ]
-    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_flags.__annotations__ = {one.name: one.annotation for one in parameters}
-    return with_flags
-
-
-_CONFIG = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        is_eager=True,
-        callback=use_config_file,
-        help="TOML file with values of flags, named as the flags.",
-    ),
-]
-_DUMP_CONFIG = Annotated[
-    bool,
-    typer.Option(
-        "--dump-config",
-        is_eager=True,
-        allow_from_autoenv=False,
-        help="Print every value as TOML, with where it came from, and end.",
-    ),
-]
+    context = inspect.Parameter("context", KEYWORD, annotation=typer.Context)
+    common = inspect.Parameter("config_options", KEYWORD, annotation=_ConfigOptions)
+    declare(checked, [*own, context, common])
+    return takes_option_groups(checked)

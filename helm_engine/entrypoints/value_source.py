@@ -37,6 +37,11 @@ def variable_of(context: Any, param: Any) -> str:
     return param.envvar or f"{context.auto_envvar_prefix}_{param.name.upper()}"
 
 
+def secret_option(help_text: str, **settings: Any) -> Any:
+    """A typer option whose value is never printed: not as a default, not by `--dump-config`."""
+    return typer.Option(help=help_text, hide_input=True, show_default=False, **settings)
+
+
 def is_secret(param: Parameter) -> bool:
     """Whether a value must not be printed: options made with `secret_option`."""
     return isinstance(param, TyperOption) and param.hide_input

@@ -16,9 +16,10 @@ from helm_engine.entrypoints.command import HelmCommand, HelmGroup
 from helm_engine.entrypoints.engine_options import (
     ENGINE_CONTEXT,
     EngineOptions,
-    secret_option,
     takes_engine_options,
 )
+from helm_engine.entrypoints.value_source import secret_option
+from helm_engine.entrypoints.waiting import SlowNotice
 from tests.e2e.running_server import REPOSITORY, command
 
 MODEL = "examples/models/hstu-ml-100k"
@@ -85,6 +86,7 @@ def test_a_value_that_the_engine_refuses_names_its_variable_too() -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "helm-engine: error: HELM_DEVICE: 'tpu' is not a torch device\n"
@@ -150,6 +152,7 @@ def _app_with_a_secret() -> typer.Typer:
     @takes_engine_options
     def work(
         options: EngineOptions,
+        notice: SlowNotice,
         model: Annotated[Path, typer.Argument()],
         api_key: Annotated[str | None, secret_option("Key that clients must send.")] = None,
     ) -> None:
