@@ -71,7 +71,7 @@ setup(
         "tomlkit>=0.13",
     ],
     extras_require={
-        "bench": ["mlcommons-loadgen>=5.0"],
+        "bench": ["aiohttp>=3.10", "matplotlib>=3.9", "mlcommons-loadgen>=5.0"],
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from rich.progress import TaskProgressColumn
 
+from helm_engine.entrypoints.bench import EXAMPLES as BENCH_EXAMPLES
+from helm_engine.entrypoints.bench import bench
 from helm_engine.entrypoints.command import CommandError, HelmCommand, HelmGroup
 from helm_engine.entrypoints.engine_options import (
     ENGINE_CONTEXT,
@@ -227,6 +229,9 @@ def run_batch(
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}")
     print(f"{counted.succeeded} answered, {counted.failed} failed", file=sys.stderr)
+
+
+app.command(cls=HelmCommand, epilog=BENCH_EXAMPLES)(bench)
 
 
 @app.command(cls=HelmCommand, epilog=_CONVERT_EXAMPLES)
