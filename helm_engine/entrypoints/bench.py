@@ -18,7 +18,7 @@ from helm_engine.entrypoints.value_source import secret_option
 from helm_engine.entrypoints.waiting import progress_bar
 
 if TYPE_CHECKING:
-    from helm_engine.bench.session import Plan
+    from helm_engine.bench.plan import Plan
     from helm_engine.bench.traffic import TrafficConfig
 
 EXAMPLES = """
@@ -101,7 +101,7 @@ class LoadOptions:
         Raises:
             CommandError: two flags exclude each other.
         """
-        from helm_engine.bench.session import Plan
+        from helm_engine.bench.plan import Plan
 
         if self.rate and self.concurrency is not None:
             raise CommandError("--rate: is the open loop, --concurrency the closed one; give one")
@@ -252,7 +252,7 @@ def bench(
     _require("aiohttp")
     results.check()
     from helm_engine.bench import report
-    from helm_engine.bench.session import run_plan
+    from helm_engine.bench.plan import run_plan
     from helm_engine.bench.target import find_target
     from helm_engine.bench.traffic import request_bodies
 
