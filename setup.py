@@ -68,13 +68,14 @@ setup(
         "msgspec>=0.19",
         "pyzmq>=26",
         "prometheus-client>=0.20",
-        "typer>=0.12.4",
+        "typer>=0.29",
         "rich>=13.7",
+        "tomlkit>=0.13",
     ],
     extras_require={
         "otel": ["opentelemetry-sdk>=1.25", "opentelemetry-exporter-otlp-proto-http>=1.25"],
         "client": ["httpx>=0.27", "anyio>=4.4", "msgspec>=0.19"],
-        "bench": ["mlcommons-loadgen>=5.0"],
+        "bench": ["aiohttp>=3.10", "matplotlib>=3.9", "mlcommons-loadgen>=5.0"],
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",

@@ -253,6 +253,8 @@ def import_afresh(modules: list[str], heavy: set[str]) -> subprocess.CompletedPr
         ("helm_engine.protocol", {"torch", "fastapi", "numba"}),
         ("helm_engine.client", {"torch", "fastapi", "numba"}),
         ("model_executor.step", {"torch", "fastapi"}),
+        ("helm_engine.entrypoints.cli", {"torch", "fastapi", "numba", "aiohttp", "matplotlib"}),
+        ("helm_engine.bench.plan", {"torch", "fastapi", "matplotlib"}),
     ],
 )
 def test_importing_a_light_module_loads_nothing_heavy(module: str, heavy: set[str]) -> None:

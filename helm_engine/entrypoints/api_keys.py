@@ -8,10 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from helm_engine.entrypoints.errors import error_response
-from helm_engine.exceptions import AuthenticationError, HelmError, PermissionDeniedError
+from helm_engine.exceptions import AuthenticationError, PermissionDeniedError
 
 OPEN_PATHS = frozenset(
     {"/health", "/ping", "/version", "/load", "/metrics", "/docs", "/openapi.json"}
@@ -91,21 +88,3 @@ class ApiKeys:
         elif path not in OPEN_PATHS and self.clients and not (self.clients.holds(sent) or is_admin):
             problem = "is unknown" if sent else "is missing: Authorization: Bearer KEY"
             raise AuthenticationError(f"the API key {problem}")
-
-
-class RequireApiKey:
-    """ASGI middleware: requests without the right key end with 401 or 403."""
-
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
-        self._app = app
-        self._keys = keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Checks the key before anything of the body is read."""
-        if scope["type"] == "http":
-            try:
-                self._keys.check(scope["path"], dict(scope["headers"]).get(b"authorization"))
-            except HelmError as error:
-                await error_response(error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)

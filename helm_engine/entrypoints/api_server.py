@@ -18,10 +18,11 @@ from helm_engine.config import EngineConfig, ServerConfig
 from helm_engine.engine_client import EngineClient
 from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.entrypoints import admin_routes, status_routes
-from helm_engine.entrypoints.api_keys import ApiKeys, KeySet, RequireApiKey
+from helm_engine.entrypoints.api_keys import ApiKeys, KeySet
 from helm_engine.entrypoints.body_limit import BodyLimit
 from helm_engine.entrypoints.errors import install_error_handlers
 from helm_engine.entrypoints.http_server import HttpServer
+from helm_engine.entrypoints.key_check import RequireApiKey
 from helm_engine.entrypoints.openapi import describe
 from helm_engine.entrypoints.recommend_routes import recommend_router
 from helm_engine.entrypoints.request_ids import RequestIds

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from block_manager.pool_layout import PoolConfig
 from helm_engine.config import EngineConfig, ExecutorConfig, RequestLimits, SchedulerConfig
+from helm_engine.entrypoints.command import CommandError
+from helm_engine.entrypoints.config_file import configuration_toml, use_config_file
+from helm_engine.entrypoints.option_groups import KEYWORD, declare, takes_option_groups
+from helm_engine.entrypoints.value_source import with_place
+from helm_engine.entrypoints.waiting import SlowNotice
 
 _POOL = PoolConfig()
 _SCHEDULER = SchedulerConfig()
 _EXECUTOR = ExecutorConfig()
 _LIMITS = RequestLimits()
+
+ENGINE_CONTEXT = {"auto_envvar_prefix": "HELM"}
+"""Settings of an engine's command: `HELM_POOL_BYTES` is the variable of `--pool-bytes`."""
 
 
 def _size(value: int) -> str:
@@ -30,57 +39,135 @@ def _size(value: int) -> str:
 class EngineOptions:
     """What the command line says about an engine."""
 
-    pool_bytes: Annotated[
-        str, typer.Option(help="Size of the page pool, for instance 64MiB or 8GiB.")
-    ] = _size(_POOL.pool_bytes)
-    emb_fraction: Annotated[
-        float, typer.Option(help="Share of the pool for embedding rows, 0 to 1.")
-    ] = _POOL.emb_fraction
-    block_tokens: Annotated[int, typer.Option(help="History tokens of one KV block.")] = (
-        _POOL.block_tokens
-    )
-    max_num_batched_tokens: Annotated[
-        int, typer.Option(help="History tokens and candidates of one step together.")
-    ] = _SCHEDULER.max_num_batched_tokens
-    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = (
-        _SCHEDULER.max_num_seqs
-    )
-    max_num_waiting: Annotated[
-        int, typer.Option(help="Requests that may wait beyond those; further ones get 429.")
-    ] = _SCHEDULER.max_num_waiting
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = _EXECUTOR.device
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel="Model and execution",
+            help="Name of the model in requests; default: the directory's.",
+        ),
+    ] = None
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE", rich_help_panel="Model and execution", help="cpu, cuda or cuda:N."
+        ),
+    ] = _EXECUTOR.device
     dtype: Annotated[
-        str, typer.Option(help="What is computed and cached in: float32 or bfloat16.")
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            rich_help_panel="Model and execution",
+            help="What is computed and cached in: float32 or bfloat16.",
+        ),
     ] = _EXECUTOR.dtype
     attention_backend: Annotated[
-        str, typer.Option(help="How attention is computed: auto, cpu or torch.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel="Model and execution",
+            help="How attention is computed: auto, cpu or torch.",
+        ),
     ] = _EXECUTOR.attention_backend
     max_retrieval_matrix_bytes: Annotated[
         str,
-        typer.Option(help="Limit of the item matrix of retrieval; 0 = candidates only."),
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel="Model and execution",
+            help="Limit of the item matrix of retrieval; 0 = candidates only.",
+        ),
     ] = _size(_EXECUTOR.max_retrieval_matrix_bytes)
-    max_body_bytes: Annotated[
-        str, typer.Option(help="Size of a request's body; larger ones get 413.")
-    ] = _size(_LIMITS.max_body_bytes)
-    max_history_events: Annotated[int, typer.Option(help="Events that a request may send.")] = (
-        _LIMITS.max_history_events
-    )
-    max_candidates: Annotated[int, typer.Option(help="Candidates that a request may send.")] = (
-        _LIMITS.max_candidates
-    )
-    max_top_k: Annotated[int, typer.Option(help="Items that a request may ask for.")] = (
-        _LIMITS.max_top_k
-    )
-    served_model_name: Annotated[
-        str | None, typer.Option(help="Name of the model in requests; default: the directory's.")
-    ] = None
+    pool_bytes: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel="Page pool",
+            help="Size of the page pool, for instance 64MiB or 8GiB.",
+        ),
+    ] = _size(_POOL.pool_bytes)
+    emb_fraction: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            rich_help_panel="Page pool",
+            help="Share of the pool for embedding rows, 0 to 1.",
+        ),
+    ] = _POOL.emb_fraction
+    block_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS", rich_help_panel="Page pool", help="History tokens of one KV block."
+        ),
+    ] = _POOL.block_tokens
     poison_freed_memory: Annotated[
         bool,
         typer.Option(
-            "--poison-freed-memory",
+            rich_help_panel="Page pool",
             help="Debugging: fill freed memory with NaN, so that reading it shows.",
         ),
     ] = False
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS",
+            rich_help_panel="Scheduling",
+            help="History tokens and candidates of one step together.",
+        ),
+    ] = _SCHEDULER.max_num_batched_tokens
+    max_num_seqs: Annotated[
+        int,
+        typer.Option(
+            metavar="REQUESTS", rich_help_panel="Scheduling", help="Requests that run at once."
+        ),
+    ] = _SCHEDULER.max_num_seqs
+    max_num_waiting: Annotated[
+        int,
+        typer.Option(
+            metavar="REQUESTS",
+            rich_help_panel="Scheduling",
+            help="Requests that may wait beyond those; further ones get 429.",
+        ),
+    ] = _SCHEDULER.max_num_waiting
+    max_body_bytes: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel="Limits of a request",
+            help="Size of a request's body; larger ones get 413.",
+        ),
+    ] = _size(_LIMITS.max_body_bytes)
+    max_history_events: Annotated[
+        int,
+        typer.Option(
+            metavar="EVENTS",
+            rich_help_panel="Limits of a request",
+            help="Events that a request may send.",
+        ),
+    ] = _LIMITS.max_history_events
+    max_candidates: Annotated[
+        int,
+        typer.Option(
+            metavar="ITEMS",
+            rich_help_panel="Limits of a request",
+            help="Candidates that a request may send.",
+        ),
+    ] = _LIMITS.max_candidates
+    max_requests: Annotated[
+        int,
+        typer.Option(
+            metavar="REQUESTS",
+            rich_help_panel="Limits of a request",
+            help="Requests that one body may bring.",
+        ),
+    ] = _LIMITS.max_requests
+    max_top_k: Annotated[
+        int,
+        typer.Option(
+            metavar="ITEMS",
+            rich_help_panel="Limits of a request",
+            help="Items that a request may ask for.",
+        ),
+    ] = _LIMITS.max_top_k
     log_level: Annotated[
         Literal["debug", "info", "warning"], typer.Option(help="What is logged to stderr.")
     ] = "info"
@@ -113,6 +200,7 @@ class EngineOptions:
                 max_body_bytes=_bytes("max_body_bytes", self.max_body_bytes),
                 max_history_events=self.max_history_events,
                 max_candidates=self.max_candidates,
+                max_requests=self.max_requests,
                 max_top_k=self.max_top_k,
             ),
             served_model_name=self.served_model_name,
@@ -122,8 +210,23 @@ class EngineOptions:
     def start_logging(self) -> None:
         """Logs to stderr from the chosen level on."""
         logging.basicConfig(
-            level=self.log_level.upper(), format="%(levelname)s %(name)s: %(message)s"
+            level=self.log_level.upper(),
+            format="%(levelname)s %(name)s: %(message)s",
+            handlers=[_StderrHandler()],
         )
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what is `sys.stderr` at the time: a progress display puts lines above itself."""
+
+    @property
+    def stream(self) -> TextIO:
+        """The present `sys.stderr`."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        pass
 
 
 def _bytes(field: str, text: str) -> int:
@@ -133,26 +236,59 @@ def _bytes(field: str, text: str) -> int:
         raise ValueError(f"{field}: {text!r} is not a size such as 64MiB") from None
 
 
+@dataclass(frozen=True, slots=True)
+class _ConfigOptions:
+    """Where values come from."""
+
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            is_eager=True,
+            callback=use_config_file,
+            help="TOML file with values of flags, named as the flags.",
+        ),
+    ] = None
+    dump_config: Annotated[
+        bool,
+        typer.Option(
+            "--dump-config",
+            is_eager=True,
+            allow_from_autoenv=False,
+            help="Print every value as TOML, with where it came from, and end.",
+        ),
+    ] = False
+
+
 def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command whose first parameter is an `EngineOptions` a flag for each of its fields."""
-    hints = get_type_hints(EngineOptions, include_extras=True)
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    flags = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(EngineOptions)
-    ]
+    """Makes a command that runs an engine of a function on `options`, a `notice` and a `model`.
+
+    The command gets a flag for each of `EngineOptions`, `--config` and `--dump-config`. Bad values
+    are refused before the function is called, and errors that it raises say which variable or file
+    set them.
+    """
 
     @wraps(command)
-    def with_flags(**values: Any) -> None:
-        options = EngineOptions(**{flag.name: values.pop(flag.name) for flag in flags})
-        command(options, **values)
+    def checked(context: typer.Context, config_options: _ConfigOptions, **values: Any) -> None:
+        try:
+            values["options"].resolve(values["model"])
+        except ValueError as error:
+            raise CommandError(with_place(context, str(error))) from error
+        if config_options.dump_config:
+            print(configuration_toml(context), end="")
+            return
+        try:
+            with SlowNotice() as notice:
+                command(notice=notice, **values)
+        except CommandError as error:
+            raise CommandError(with_place(context, str(error))) from error
 
-    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own] + flags
-    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_flags.__annotations__ = {one.name: one.annotation for one in parameters}
-    return with_flags
+    own = [
+        parameter.replace(kind=KEYWORD)
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.annotation is not SlowNotice
+    ]
+    context = inspect.Parameter("context", KEYWORD, annotation=typer.Context)
+    common = inspect.Parameter("config_options", KEYWORD, annotation=_ConfigOptions)
+    declare(checked, [*own, context, common])
+    return takes_option_groups(checked)

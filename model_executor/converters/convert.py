@@ -24,7 +24,7 @@ from model_executor.converters.nvidia import read_nvidia
 from model_executor.converters.options import Options, read_options
 from model_executor.converters.research import read_research
 from model_executor.converters.stu import read_stu
-from model_executor.converters.tables_file import write_tables
+from model_executor.converters.tables_file import Watch, unwatched_table, write_tables
 
 _READERS: dict[str, Callable[[Path, Options], Conversion]] = {
     "research": read_research,
@@ -35,7 +35,11 @@ CONVERTIBLE_DIALECTS = tuple(_READERS)
 
 
 def convert_checkpoint(
-    dialect: str, source: Path, target: Path, config_file: Path | None = None
+    dialect: str,
+    source: Path,
+    target: Path,
+    config_file: Path | None = None,
+    watch: Watch = unwatched_table,
 ) -> Conversion:
     """Writes the model directory of a checkpoint; nothing of it is there unless all went well.
 
@@ -44,6 +48,7 @@ def convert_checkpoint(
         source: the checkpoint, a file or a directory.
         target: the model directory to make; absent, or empty.
         config_file: JSON fields of `config.json` that the checkpoint does not say.
+        watch: told how the pooled tables are getting on.
 
     Returns:
         What was converted.
@@ -61,7 +66,7 @@ def convert_checkpoint(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as directory:
         built = Path(directory) / target.name
         built.mkdir()
-        _write(built, conversion)
+        _write(built, conversion, watch)
         # As the engine would load it.
         config = load_config(built)
         load_dense_weights(built, config, torch.device("cpu"))
@@ -94,7 +99,7 @@ def _check_target(target: Path) -> None:
         raise CheckpointError(f"{target}: there is no directory {target.parent} to write it to")
 
 
-def _write(directory: Path, conversion: Conversion) -> None:
+def _write(directory: Path, conversion: Conversion, watch: Watch) -> None:
     """The three files of a model directory, as `checkpoint.save_model` writes them.
 
     That one holds all tables in memory, where a checkpoint's may not fit.
@@ -104,4 +109,4 @@ def _write(directory: Path, conversion: Conversion) -> None:
     save_file(dict(conversion.weights), directory / DENSE_FILE)
     # The library makes its files for their owner alone.
     (directory / DENSE_FILE).chmod((directory / CONFIG_FILE).stat().st_mode)
-    write_tables(directory / TABLES_FILE, conversion.tables)
+    write_tables(directory / TABLES_FILE, conversion.tables, watch)

@@ -27,7 +27,7 @@ from model_executor.converters.restricted_pickle import (
     attribute,
     read_metadata,
 )
-from model_executor.converters.tables import check_tensor, copy_rows
+from model_executor.converters.tables import Advance, check_tensor, copy_rows, unwatched
 from model_executor.converters.torch_checkpoint import load_torch_stream
 
 METADATA_FILE = ".metadata"
@@ -66,7 +66,7 @@ class ShardedTable:
     shape: _Pair
     shards: tuple[_Shard, ...]
 
-    def fill(self, target: Tensor) -> None:
+    def fill(self, target: Tensor, advance: Advance = unwatched) -> None:
         """Writes all shards to their places; see `Table`."""
         for shard in self.shards:
             label = f"{self.label} at {list(shard.first)}"
@@ -77,7 +77,7 @@ class ShardedTable:
                 raise CheckpointError(
                     f"{label}: has shape {list(tensor.shape)}, the metadata says {list(shard.size)}"
                 )
-            copy_rows(target[shard.slices], tensor, label)
+            copy_rows(target[shard.slices], tensor, label, advance)
 
 
 class _FileSlice(io.RawIOBase):

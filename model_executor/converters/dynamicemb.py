@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model_executor.converters.errors import CheckpointError
+from model_executor.converters.tables import Advance, unwatched
 
 _KEY_BYTES = 8
 _VALUE_BYTES = 4
@@ -62,7 +63,7 @@ class DumpedTable:
         """File and name, for messages."""
         return f"{self.dump.parts[0][1]}: table {self.dump.name!r}"
 
-    def fill(self, target: Tensor) -> None:
+    def fill(self, target: Tensor, advance: Advance = unwatched) -> None:
         """Writes all rows; see `Table`."""
         rows, width = self.shape
         target.zero_()
@@ -85,6 +86,7 @@ class DumpedTable:
                 if not bool(torch.isfinite(copied).all()):
                     raise CheckpointError(f"{value_path}: holds values that are not finite")
                 target[torch.from_numpy(ids)] = copied
+                advance(copied.numel())
 
 
 def _check_ids(ids: Ids, seen: np.ndarray[tuple[int], np.dtype[np.bool_]], path: Path) -> None:

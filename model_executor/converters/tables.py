@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,14 @@ from model_executor.converters.torch_checkpoint import ShardedPlaceholder
 _PIECE_ELEMENTS = 1 << 22
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What float32 holds without loss."""
+
+
+Advance = Callable[[int], None]
+"""Told how many numbers were written since it was last told; conversions can take minutes."""
+
+
+def unwatched(_: int) -> None:
+    """An `Advance` for which nobody waits."""
 
 
 class Table(Protocol):
@@ -30,7 +38,7 @@ class Table(Protocol):
         """Rows and their width."""
         ...
 
-    def fill(self, target: Tensor) -> None:
+    def fill(self, target: Tensor, advance: Advance = unwatched) -> None:
         """Writes all rows into a float32 tensor of the table's shape.
 
         Raises:
@@ -52,9 +60,9 @@ class TensorTable:
         rows, width = self.tensor.shape
         return rows, width
 
-    def fill(self, target: Tensor) -> None:
+    def fill(self, target: Tensor, advance: Advance = unwatched) -> None:
         """Writes all rows; see `Table`."""
-        copy_rows(target, self.tensor, self.label)
+        copy_rows(target, self.tensor, self.label, advance)
 
 
 def check_plain(value: object, label: str) -> Tensor:
@@ -85,7 +93,7 @@ def check_tensor(value: object, label: str) -> Tensor:
     return value
 
 
-def copy_rows(target: Tensor, rows: Tensor, label: str) -> None:
+def copy_rows(target: Tensor, rows: Tensor, label: str, advance: Advance = unwatched) -> None:
     """Copies rows into float32, a few at a time.
 
     Raises:
@@ -97,6 +105,7 @@ def copy_rows(target: Tensor, rows: Tensor, label: str) -> None:
         if not bool(torch.isfinite(piece).all()):
             raise CheckpointError(f"{label}: holds values that are not finite")
         target[first : first + step] = piece
+        advance(piece.numel())
 
 
 def item_table(names: Collection[str], feature_names: Collection[str], source: str) -> str:

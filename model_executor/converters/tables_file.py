@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from model_executor.converters.tables import Table
+from model_executor.converters.tables import Advance, Table, unwatched
+
+Watch = Callable[[str, int], Advance]
+"""Told the name of each table and how many numbers it has, before they are written."""
 
 _ALIGNMENT = 8
 """Of the data, as the library writes it."""
 _FLOAT_BYTES = 4
 
 
-def write_tables(path: Path, tables: Mapping[str, Table]) -> None:
+def unwatched_table(_name: str, _numbers: int) -> Advance:
+    """A `Watch` for which nobody waits."""
+    return unwatched
+
+
+def write_tables(path: Path, tables: Mapping[str, Table], watch: Watch = unwatched_table) -> None:
     """Writes float32 tables under the given names.
 
     Raises:
@@ -54,5 +62,5 @@ def write_tables(path: Path, tables: Mapping[str, Table]) -> None:
         mapped = np.memmap(
             path, dtype="<f4", mode="r+", offset=start + begins[name], shape=table.shape
         )
-        table.fill(torch.from_numpy(mapped))
+        table.fill(torch.from_numpy(mapped), watch(name, mapped.size))
         mapped.flush()

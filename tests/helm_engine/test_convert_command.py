@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from helm_engine.entrypoints.cli import app
-from model_executor.converters.convert import CONVERTIBLE_DIALECTS
+from model_executor.checkpoint import TABLES_FILE
+from model_executor.converters.convert import CONVERTIBLE_DIALECTS, convert_checkpoint
 from model_executor.model_config import NvidiaConfig, ResearchConfig, SequenceModelConfig, StuConfig
 from tests.model_executor.golden_checkpoints import (
     nvidia_tables,
@@ -49,6 +53,33 @@ def test_each_dialect_has_its_report(tmp_path: Path) -> None:
     )
     assert "left out, the causal mask, a constant: _attn_mask" in reports["research"]
     assert "left out, no weights of the model: class_metrics, global_step," in reports["stu"]
+
+
+def test_every_number_of_the_tables_is_told_as_it_is_written(tmp_path: Path) -> None:
+    streaming, ranking = "dlrm_streaming_rows", "nvidia_ranking"
+    sources = {
+        "research": ("research_encoder", write_research(tmp_path)),
+        "stu": (streaming, write_stu(tmp_path, *stu_parts(streaming))),
+        "nvidia": (ranking, write_nvidia(tmp_path, weights(ranking), nvidia_tables())),
+    }
+    for dialect, (case, source) in sources.items():
+        expected: dict[str, int] = {}
+        told: Counter[str] = Counter()
+
+        def watch(
+            table: str,
+            numbers: int,
+            expected: dict[str, int] = expected,
+            told: Counter[str] = told,
+        ) -> Callable[[int], None]:
+            expected[table] = numbers
+            return lambda written: told.update({table: written})
+
+        target = tmp_path / f"model-{dialect}"
+        convert_checkpoint(dialect, source, target, write_config(tmp_path, case), watch)
+        tables = load_file(target / TABLES_FILE)
+        assert expected == {name: table.numel() for name, table in tables.items()}
+        assert told == expected
 
 
 def test_errors_are_one_line_and_status_two(tmp_path: Path) -> None:
