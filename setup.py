@@ -63,6 +63,8 @@ setup(
         "safetensors>=0.4.3",
         "fastapi>=0.115",
         "uvicorn>=0.30",
+        "uvloop>=0.19; sys_platform != 'win32'",
+        "httptools>=0.6",
         "pydantic>=2.7",
         "pysimdjson>=6.0",
         "msgspec>=0.19",
