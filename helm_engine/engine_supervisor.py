@@ -113,7 +113,8 @@ class EngineSupervisor:
         while True:
             try:
                 return await self._launch(self.config)
-            except (ValueError, OSError, RuntimeError, HelmError) as error:
+            except Exception as error:
+                # Whatever it is: without this loop there would never be an engine again.
                 logger.error("the engine could not be started: %s; again in %g s", error, pause)
                 self._why_none = f"the engine could not be started: {error}"
             await asyncio.sleep(pause)
