@@ -64,6 +64,7 @@ setup(
         "fastapi>=0.115",
         "uvicorn>=0.30",
         "pydantic>=2.7",
+        "msgspec>=0.19",
         "pysimdjson>=6.0",
         "prometheus-client>=0.20",
         "typer>=0.12.4",
@@ -71,6 +72,7 @@ setup(
     ],
     extras_require={
         "bench": ["mlcommons-loadgen>=5.0"],
+        "parquet": ["pyarrow>=16"],
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",

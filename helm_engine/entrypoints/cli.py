@@ -109,26 +109,42 @@ def _request_to_paste(engine: LoadedEngine) -> dict[str, Any]:
 @takes_engine_options
 def run_batch(
     options: EngineOptions,
-    source: Annotated[Path, typer.Option("--input", "-i", help="JSON lines to answer.")],
-    target: Annotated[Path, typer.Option("--output", "-o", help="Where answers go.")],
+    source: Annotated[
+        Path, typer.Option("--input", "-i", help="JSON lines to answer, or a .parquet table.")
+    ],
+    target: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where answers go, in the same forms; one of an earlier run "
+            "over the same input is completed.",
+        ),
+    ],
     model_dir: Annotated[
         Path, typer.Option("--model", help="Directory with config.json and safetensors.")
     ],
 ) -> None:
-    """Answer a file of OpenAI batch lines, without a server."""
-    from helm_engine import batch
-    from helm_engine.recommender import Recommender
+    """Answer a file of OpenAI batch lines, without a server; stopped, it goes on when run again."""
+    from helm_engine.batch.run import run_batch as run
+    from helm_engine.entrypoints.progress import LateProgress
 
     options.start_logging()
     try:
-        batch.check_files(source, target)
-        recommender = Recommender.from_config(options.resolve(model_dir))
-        counted = batch.run_batch(recommender, source, target)
+        with LateProgress() as progress:
+            count = run(options.resolve(model_dir), source, target, progress.report)
     except (ValueError, HelmError) as error:
         _fail(error)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}")
-    print(f"{counted.succeeded} answered, {counted.failed} failed", file=sys.stderr)
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on with {target}", file=sys.stderr)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    if count.kept:
+        all_kept = count.kept == count.succeeded + count.failed
+        rest = "; nothing was left to do" if all_kept else ""
+        print(f"{target}: {count.kept} lines were there already{rest}", file=sys.stderr)
+    print(f"{count.succeeded} answered, {count.failed} failed", file=sys.stderr)
 
 
 @app.command()
