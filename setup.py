@@ -66,6 +66,7 @@ setup(
         "uvloop>=0.19; sys_platform != 'win32'",
         "httptools>=0.6",
         "pydantic>=2.7",
+        "msgspec>=0.19",
         "pysimdjson>=6.0",
         "msgspec>=0.19",
         "pyzmq>=26",
@@ -78,6 +79,7 @@ setup(
         "otel": ["opentelemetry-sdk>=1.25", "opentelemetry-exporter-otlp-proto-http>=1.25"],
         "client": ["httpx>=0.27", "anyio>=4.4", "msgspec>=0.19"],
         "bench": ["aiohttp>=3.10", "matplotlib>=3.9", "mlcommons-loadgen>=5.0"],
+        "parquet": ["pyarrow>=16"],
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",

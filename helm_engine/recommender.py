@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from block_manager.pool_layout import PoolConfig
 from helm_engine.clock import SystemClock
@@ -19,6 +19,7 @@ from helm_engine.output_processor import build_recommendation
 from helm_engine.protocol import Recommendation, RecommendRequest, parse_request
 
 RequestLike = RecommendRequest | Mapping[str, Any]
+K = TypeVar("K")
 
 
 class Recommender:
@@ -111,25 +112,65 @@ class Recommender:
         """
         limits = self.config.scheduler
         read_ahead = min(2 * limits.max_num_seqs, limits.max_num_waiting)
-        in_flight: deque[PreparedRequest | HelmError] = deque()
-        unread = iter(requests)
-        exhausted = False
+        unread = enumerate(requests)
+        num_answered = 0
+        ended: dict[int, Recommendation | HelmError] = {}
+        num_read = 0
+
+        def next_request() -> tuple[int, object] | None:
+            nonlocal num_read
+            if num_read - num_answered >= read_ahead:
+                return None
+            numbered = next(unread, None)
+            num_read += numbered is not None
+            return numbered
+
+        with closing(self.answer_as_ended(next_request)) as answers:
+            for number, answer in answers:
+                ended[number] = answer
+                while num_answered in ended:
+                    # Counted first: the reader may close the stream while it has the answer.
+                    num_answered += 1
+                    yield ended.pop(num_answered - 1)
+
+    def answer_as_ended(
+        self, next_request: Callable[[], tuple[K, object] | None]
+    ) -> Generator[tuple[K, Recommendation | HelmError], None, None]:
+        """Answers requests in the order in which they end, each under the key it came with.
+
+        No more requests are in flight than run at once, so none is refused for a full queue, and
+        one that is handed over when another has ended is scheduled in the very next step.
+
+        Args:
+            next_request: hands over the next request, or an error in its place, with its key;
+                None = there is none before another one has ended. It is asked whenever there is
+                room; None while nothing is in flight ends the iteration. Closed early, the
+                iteration withdraws what is in flight.
+        """
+        in_flight: list[tuple[K, PreparedRequest]] = []
         try:
-            while in_flight or not exhausted:
-                while not exhausted and len(in_flight) < read_ahead:
-                    try:
-                        in_flight.append(self._submit(next(unread)))
-                    except StopIteration:
-                        exhausted = True
-                while in_flight and self._has_ended(in_flight[0]):
-                    yield self._answer(in_flight.popleft())
-                if self.engine.core.has_work:
-                    self.engine.core.step()
+            while True:
+                while len(in_flight) < self.config.scheduler.max_num_seqs:
+                    handed = next_request()
+                    if handed is None:
+                        break
+                    key, raw = handed
+                    entry = self._submit(raw)
+                    if isinstance(entry, HelmError):
+                        yield key, entry
+                    else:
+                        in_flight.append((key, entry))
+                if not in_flight:
+                    return
+                self.engine.core.step()
+                ended = [one for one in in_flight if one[1].request.has_ended]
+                in_flight = [one for one in in_flight if not one[1].request.has_ended]
+                for key, prepared in ended:
+                    yield key, self._answer(prepared)
         finally:
             withdrawn = RequestAbortedError("the stream was closed")
-            for entry in in_flight:
-                if not isinstance(entry, HelmError):
-                    self.engine.core.fail_request(entry.request, withdrawn)
+            for _, prepared in in_flight:
+                self.engine.core.fail_request(prepared.request, withdrawn)
             self.engine.core.run_until_idle()
 
     def _submit(self, raw: object) -> PreparedRequest | HelmError:
@@ -144,16 +185,10 @@ class Recommender:
             return error
         return prepared
 
-    @staticmethod
-    def _has_ended(entry: PreparedRequest | HelmError) -> bool:
-        return isinstance(entry, HelmError) or entry.request.has_ended
-
-    def _answer(self, entry: PreparedRequest | HelmError) -> Recommendation | HelmError:
-        if isinstance(entry, HelmError):
-            return entry
-        if entry.request.error is not None:
-            return entry.request.error
+    def _answer(self, prepared: PreparedRequest) -> Recommendation | HelmError:
+        if prepared.request.error is not None:
+            return prepared.request.error
         try:
-            return build_recommendation(entry, self.config.model_name)
+            return build_recommendation(prepared, self.config.model_name)
         except HelmError as error:
             return error

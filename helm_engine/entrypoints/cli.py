@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,12 +15,10 @@ from helm_engine.entrypoints.bench import bench
 from helm_engine.entrypoints.command import CommandError, HelmCommand, HelmGroup
 from helm_engine.entrypoints.engine_options import (
     ENGINE_CONTEXT,
-    EngineOptions,
-    takes_engine_options,
 )
+from helm_engine.entrypoints.run_batch import run_batch
 from helm_engine.entrypoints.serve import serve
-from helm_engine.entrypoints.waiting import SlowNotice, progress_bar
-from helm_engine.exceptions import HelmError
+from helm_engine.entrypoints.waiting import progress_bar
 from helm_engine.version import __version__
 
 app = typer.Typer(
@@ -86,61 +83,9 @@ def main_options(
 app.command(cls=HelmCommand, context_settings=ENGINE_CONTEXT, epilog=_SERVE_EXAMPLES)(serve)
 
 
-@app.command(
+app.command(
     "run-batch", cls=HelmCommand, context_settings=ENGINE_CONTEXT, epilog=_RUN_BATCH_EXAMPLES
-)
-@takes_engine_options
-def run_batch(
-    options: EngineOptions,
-    notice: SlowNotice,
-    source: Annotated[
-        Path,
-        typer.Option(
-            "--input",
-            "-i",
-            metavar="FILE",
-            envvar="HELM_INPUT",
-            rich_help_panel="Files",
-            help="JSON lines to answer.",
-        ),
-    ],
-    target: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            envvar="HELM_OUTPUT",
-            rich_help_panel="Files",
-            help="Where answers go.",
-        ),
-    ],
-    model: Annotated[
-        Path,
-        typer.Option(
-            metavar="MODEL_DIR",
-            rich_help_panel="Files",
-            help="Directory with config.json and safetensors.",
-        ),
-    ],
-) -> None:
-    """Answer a file of OpenAI batch lines, without a server."""
-    notice.say("loading torch")
-    from helm_engine import batch
-    from helm_engine.recommender import Recommender
-
-    options.start_logging()
-    try:
-        batch.check_files(source, target)
-        notice.say(f"loading {model}")
-        recommender = Recommender.from_config(options.resolve(model))
-        notice.say(f"answering {source}")
-        counted = batch.run_batch(recommender, source, target)
-    except (ValueError, HelmError) as error:
-        _fail(error)
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}")
-    print(f"{counted.succeeded} answered, {counted.failed} failed", file=sys.stderr)
+)(run_batch)
 
 
 app.command(cls=HelmCommand, epilog=BENCH_EXAMPLES)(bench)

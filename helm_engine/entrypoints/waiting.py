@@ -13,6 +13,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -30,6 +31,8 @@ class SlowNotice:
         self._progress: Progress | None = None
         self._timer: threading.Timer | None = None
         self._what = ""
+        self._done = 0
+        self._total: int | None = None
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -46,13 +49,13 @@ class SlowNotice:
     ) -> None:
         self.end()
 
-    def say(self, what: str) -> None:
-        """Names what is done from now on."""
+    def say(self, what: str, done: int = 0, total: int | None = None) -> None:
+        """Names what is done from now on, how far it is, and how far it goes if that is known."""
         with self._lock:
-            self._what = what
+            self._what, self._done, self._total = what, done, total
             if self._progress is not None:
                 for task in self._progress.task_ids:
-                    self._progress.update(task, description=what)
+                    self._progress.update(task, description=what, completed=done, total=total)
 
     def end(self) -> None:
         """Leaves the terminal as it was; nothing is shown from now on."""
@@ -71,12 +74,14 @@ class SlowNotice:
             self._progress = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TaskProgressColumn(),
                 TimeElapsedColumn(),
                 console=self._console,
                 transient=True,
                 redirect_stdout=False,
             )
-            self._progress.add_task(self._what, total=None)
+            self._progress.add_task(self._what, completed=self._done, total=self._total)
             self._progress.start()
 
 
