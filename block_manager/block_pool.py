@@ -9,19 +9,18 @@ return arrays of ids, int64 [n], and an operation that raises has changed nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numba import njit
 
+from block_manager import kv_kernels
 from block_manager.block_hash import BlockHash
-from block_manager.block_hash_map import BlockHashToBlockMap
+from block_manager.block_hash_map import BlockHashToBlockMap, hash_words
 from block_manager.exceptions import IntegrityError
 from block_manager.free_queue import FreeKVCacheBlockQueue
+from block_manager.kv_kernels import NO_ROOM, NONE_BAD
 from block_manager.page_pool import PageIds
 
 _NOT_OURS = -1
-_NONE_BAD = -1
 
 
 class BlockPool:
@@ -53,7 +52,9 @@ class BlockPool:
         self.find_cached_prefix([], 0)
         self.touch(nothing)
         self.cache_blocks(nothing, [])
-        self.free_blocks(self.get_new_blocks(0))
+        self.get_new_blocks(0)
+        self.allocate([], 0)
+        self.free_blocks(nothing)
 
     def page_ids(self) -> PageIds:
         """Pages of the tenant, int64, ascending."""
@@ -90,9 +91,35 @@ class BlockPool:
         """
         return self._by_hash.find_prefix(hashes[:max_blocks])
 
-    def num_idle(self, block_ids: PageIds) -> int:
-        """How many of some distinct blocks nobody reads: they are in the free list."""
-        return int(np.count_nonzero(self.ref_cnt[block_ids] == 0))
+    def allocate(self, hashes: Sequence[BlockHash], num_blocks: int) -> tuple[PageIds, int] | None:
+        """Finds a history's cached prefix, touches it and takes new blocks for the rest, at once.
+
+        Args:
+            hashes: of the blocks that may be reused, `num_blocks` at most.
+            num_blocks: blocks of the whole history.
+
+        Returns:
+            The blocks, cached ones first, and how many were cached; None when there is no room and
+            nothing was taken.
+        """
+        block_ids = np.empty(num_blocks, dtype=np.int64)
+        forgotten = np.empty(num_blocks, dtype=np.int64)
+        num_cached, num_left, num_forgotten = kv_kernels.allocate(
+            self.ref_cnt,
+            self._free.links,
+            self._by_hash.table,
+            self._free.num_free_blocks,
+            hash_words(hashes),
+            block_ids,
+            forgotten,
+        )
+        if num_cached == NO_ROOM:
+            return None
+        self._free.num_free_blocks -= num_left
+        self._by_hash.num_blocks -= num_forgotten
+        self.num_evictions += num_forgotten
+        self._bury(forgotten[:num_forgotten])
+        return block_ids, num_cached
 
     def get_new_blocks(self, num_blocks: int) -> PageIds:
         """Takes blocks from the front of the free list; what they held is gone.
@@ -111,8 +138,8 @@ class BlockPool:
         Raises:
             IntegrityError: a page is not the tenant's.
         """
-        bad, idle = _add_readers(self.ref_cnt, self.null_block, _contiguous(block_ids))
-        if bad != _NONE_BAD:
+        bad, idle = kv_kernels.add_readers(self.ref_cnt, self.null_block, _contiguous(block_ids))
+        if bad != NONE_BAD:
             raise IntegrityError(f"block {block_ids[bad]} is not the KV tenant's")
         self._free.remove(idle)
 
@@ -124,14 +151,18 @@ class BlockPool:
         Raises:
             IntegrityError: a block is not held that often.
         """
-        bad, dead, reusable = _drop_readers(
-            self.ref_cnt, self.null_block, self._by_hash.has_hash, _contiguous(ordered_block_ids)
+        bad, num_dead, num_reusable = kv_kernels.release(
+            self.ref_cnt,
+            self._free.links,
+            self._by_hash.has_hash,
+            self.null_block,
+            _contiguous(ordered_block_ids),
         )
-        if bad != _NONE_BAD:
+        if bad != NONE_BAD:
             raise IntegrityError(f"block {ordered_block_ids[bad]} was freed without being held")
-        self._bury(dead)
-        self._free.prepend_n(dead)
-        self._free.append_n(reusable)
+        self._free.num_free_blocks += num_dead + num_reusable
+        if self._track_dead:
+            self._bury(self._free.first_n(num_dead))
 
     def cache_blocks(self, block_ids: PageIds, hashes: Sequence[BlockHash]) -> None:
         """Makes the content of full blocks reusable; a hash for each.
@@ -199,50 +230,3 @@ class BlockPool:
 def _contiguous(block_ids: PageIds) -> PageIds:
     """The one layout that kernels are compiled for."""
     return np.ascontiguousarray(block_ids, dtype=np.int64)
-
-
-@njit(cache=True, nogil=True)
-def _add_readers(ref_cnt: Any, null_block: Any, block_ids: Any) -> Any:
-    """Counts a reader of each block.
-
-    Returns:
-        The place of an id that is no block, then nothing is counted, or _NONE_BAD; and the blocks
-        that had no reader.
-    """
-    idle = np.empty(len(block_ids), dtype=np.int64)
-    num_idle = 0
-    for i in range(len(block_ids)):
-        if not 0 <= block_ids[i] < len(ref_cnt) or ref_cnt[block_ids[i]] < 0:
-            return i, idle[:0]
-    for block in block_ids:
-        if ref_cnt[block] == 0 and block != null_block:
-            idle[num_idle] = block
-            num_idle += 1
-        ref_cnt[block] += 1
-    return _NONE_BAD, idle[:num_idle]
-
-
-@njit(cache=True, nogil=True)
-def _drop_readers(ref_cnt: Any, null_block: Any, has_hash: Any, block_ids: Any) -> Any:
-    """Counts a reader of each block less.
-
-    Returns:
-        The place of an id that is not held, then nothing is counted, or _NONE_BAD; and the blocks
-        that have no reader any more, in the given order: those without a hash, those with one.
-    """
-    dead, reusable = np.empty_like(block_ids), np.empty_like(block_ids)
-    num_dead = num_reusable = 0
-    for i in range(len(block_ids)):
-        block = block_ids[i]
-        if not null_block < block < len(ref_cnt) or ref_cnt[block] < 1:
-            for counted in block_ids[:i]:
-                ref_cnt[counted] += 1
-            return i, dead[:0], reusable[:0]
-        ref_cnt[block] -= 1
-        if ref_cnt[block] == 0 and has_hash[block]:
-            reusable[num_reusable] = block
-            num_reusable += 1
-        elif ref_cnt[block] == 0:
-            dead[num_dead] = block
-            num_dead += 1
-    return _NONE_BAD, dead[:num_dead], reusable[:num_reusable]

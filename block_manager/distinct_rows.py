@@ -1,8 +1,8 @@
-"""The distinct rows of a step, and where each of its tokens finds its own."""
+"""The distinct rows of a step, where each of its tokens finds its own, and how many there are."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,9 @@ from numba import njit
 NO_ROW = -1
 """In place of a row: this token takes none."""
 
+_UNMARKED = -1
+
+Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -25,15 +28,72 @@ class Distinct(NamedTuple):
     """How many tokens take each, int64 [n]."""
 
 
+class RowCount(NamedTuple):
+    """Distinct rows, in numbers."""
+
+    distinct: int
+    resident: int
+    """Those that are in the pool."""
+
+
+class DistinctRows:
+    """Finds distinct rows by marking them in a dense array: sorting takes several times as long.
+
+    Not thread-safe: the marks are shared by all calls.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._place_of_row = np.full(num_rows, _UNMARKED, dtype=np.int32)
+
+    def of(self, rows: Int64Array) -> Distinct:
+        """Distinct ones of rows (int64 [tokens], NO_ROW among them), each below `num_rows`.
+
+        Raises:
+            IndexError: a row is beyond the last.
+        """
+        row_ids, places, counts = _collect(rows, self._place_of_row)
+        if len(places) != len(rows):
+            self._refuse(rows)
+        return Distinct(row_ids, places, counts)
+
+    def count(self, rows: Int64Array, slot_of_row: Int32Array) -> RowCount:
+        """How many distinct ones there are of rows (int64 [tokens], NO_ROW among them).
+
+        Args:
+            rows: each below `num_rows`.
+            slot_of_row: below 0 where a row is not in the pool, int32 [num_rows].
+
+        Raises:
+            IndexError: a row is beyond the last.
+        """
+        number, resident = _count(rows, slot_of_row, self._place_of_row)
+        if number < 0:
+            self._refuse(rows)
+        return RowCount(number, resident)
+
+    def _refuse(self, rows: Int64Array) -> NoReturn:
+        raise IndexError(f"row {rows.max()} is beyond the last of {len(self._place_of_row)}")
+
+
 @njit(nogil=True, cache=True)
-def _collect(
-    rows: Any, place_of_row: Any, row_ids: Any, places: Any, counts: Any
-) -> int:  # pragma: no cover
+def _are_within(rows: Any, num_rows: Any) -> Any:
+    largest = -1
+    for row in rows:
+        largest = max(largest, row)
+    return largest < num_rows
+
+
+@njit(nogil=True, cache=True)
+def _collect(rows: Any, place_of_row: Any) -> Any:
+    """Fields of `Distinct`, empty where a row is beyond the last."""
+    if not _are_within(rows, len(place_of_row)):
+        return rows[:0].copy(), rows[:0].copy(), rows[:0].copy()
+    row_ids, places, counts = np.empty_like(rows), np.empty_like(rows), np.empty_like(rows)
     number = 0
     for token in range(len(rows)):
         row = rows[token]
         if row < 0:
-            places[token] = -1
+            places[token] = NO_ROW
             continue
         place = place_of_row[row]
         if place < 0:
@@ -45,27 +105,22 @@ def _collect(
         places[token] = place
         counts[place] += 1
     for place in range(number):
-        place_of_row[row_ids[place]] = -1
-    return number
+        place_of_row[row_ids[place]] = _UNMARKED
+    return row_ids[:number], places, counts[:number]
 
 
-class DistinctRows:
-    """Finds distinct rows by marking them in a dense array: sorting takes several times as long.
-
-    Not thread-safe: the marks are shared by all calls.
-    """
-
-    def __init__(self, num_rows: int) -> None:
-        self._place_of_row = np.full(num_rows, -1, dtype=np.int32)
-
-    def of(self, rows: Int64Array) -> Distinct:
-        """Distinct ones of rows (int64 [tokens], NO_ROW among them), each below `num_rows`.
-
-        Raises:
-            IndexError: a row is beyond the last.
-        """
-        if len(rows) and rows.max() >= len(self._place_of_row):
-            raise IndexError(f"row {rows.max()} is beyond the last of {len(self._place_of_row)}")
-        row_ids, places, counts = (np.empty(len(rows), dtype=np.int64) for _ in range(3))
-        number = _collect(rows, self._place_of_row, row_ids, places, counts)
-        return Distinct(row_ids[:number], places, counts[:number])
+@njit(nogil=True, cache=True)
+def _count(rows: Any, slot_of_row: Any, place_of_row: Any) -> Any:
+    """Fields of `RowCount`, the first below 0 where a row is beyond the last."""
+    if not _are_within(rows, len(place_of_row)):
+        return -1, 0
+    number = resident = 0
+    for row in rows:
+        if row >= 0 and place_of_row[row] < 0:
+            place_of_row[row] = number
+            number += 1
+            resident += slot_of_row[row] >= 0
+    for row in rows:
+        if row >= 0:
+            place_of_row[row] = _UNMARKED
+    return number, resident

@@ -8,15 +8,19 @@ over id arrays.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from block_manager.exceptions import IntegrityError
 from block_manager.page_pool import PageIds
 from block_manager.row_policy import AgedFrequency, RowIds
 
 NOWHERE = -1
+
+_NOTHING = np.empty(0, dtype=np.int64)
 
 _MIN_VICTIM_WINDOW = 1024
 """Slots looked at, at least, for the coldest ones: exact for small pools, bounded for large."""
@@ -34,6 +38,18 @@ class RowPlan:
     """The row's slot, or NOWHERE when it was not admitted."""
     staging: npt.NDArray[np.int64]
     """The row's place in staging, or NOWHERE when it has a slot."""
+
+    @property
+    def admitted(self) -> npt.NDArray[np.int64]:
+        """Which rows must be loaded into their slots: places in the arrays, int64, ascending."""
+        if self.resident.all():
+            return _NOTHING
+        return np.flatnonzero(~self.resident & (self.slots != NOWHERE))
+
+    @property
+    def staged(self) -> npt.NDArray[np.int64]:
+        """Which rows must be loaded into staging, likewise."""
+        return _NOTHING if self.resident.all() else np.flatnonzero(self.staging != NOWHERE)
 
 
 class EmbeddingCache:
@@ -53,7 +69,6 @@ class EmbeddingCache:
         self._slot_of_row = np.full(num_rows, NOWHERE, dtype=np.int32)
         self._row_of_slot = np.full(num_slots, NOWHERE, dtype=np.int64)
         self._last_use = np.zeros(num_slots, dtype=np.int64)
-        self._pinned = np.zeros(num_slots, dtype=np.bool_)
         self._free = self._slots[::-1].copy()
         self._num_free = len(self._free)
         # Counted and not derived: metrics are read while a step runs on another thread.
@@ -99,10 +114,16 @@ class EmbeddingCache:
         """Slots of rows (int64 [n]), NOWHERE for absent ones: int64 [n]. Changes nothing."""
         return self._slot_of_row[row_ids].astype(np.int64)
 
+    @property
+    def slot_of_row(self) -> npt.NDArray[np.int32]:
+        """Slot of every row, NOWHERE for absent ones, int32 [num_rows]; not to be written to."""
+        return self._slot_of_row
+
     def plan(self, row_ids: RowIds, times: npt.NDArray[np.int64]) -> RowPlan:
         """Decides where a step's rows come from and which of the missing ones are admitted.
 
-        The plan's slots are pinned until it is committed or abandoned.
+        No slot that the plan uses is given to another of its rows, and there is no other plan until
+        it is committed or abandoned.
 
         Args:
             row_ids: distinct rows, int64 [n].
@@ -112,13 +133,12 @@ class EmbeddingCache:
             raise IntegrityError("EMB: the last step's row plan is still open")
         self._step += 1
         self._policy.record(row_ids, times)
-        slots = self.lookup(row_ids)
-        resident = slots != NOWHERE
-        self._last_use[slots[resident]] = self._step
-        self._pinned[slots[resident]] = True
-        self._admit(row_ids, slots, np.flatnonzero(~resident))
-        homeless = slots == NOWHERE
-        staging = np.where(homeless, np.cumsum(homeless) - 1, NOWHERE)
+        slots, resident, num_missing = _use(row_ids, self._slot_of_row, self._last_use, self._step)
+        staging = np.full(len(row_ids), NOWHERE)
+        if num_missing:
+            self._admit(row_ids, slots, np.flatnonzero(~resident))
+            homeless = np.flatnonzero(slots == NOWHERE)
+            staging[homeless] = np.arange(len(homeless))
         self._open_plan = RowPlan(row_ids, resident, slots, staging)
         return self._open_plan
 
@@ -146,15 +166,19 @@ class EmbeddingCache:
             self._bury(victims)
             granted = np.concatenate([granted, victims])
         slots[missing[: len(granted)]] = granted
-        self._pinned[granted] = True
         self._last_use[granted] = self._step
 
     def _coldest_slots(self, limit: int) -> npt.NDArray[np.int64]:
-        """Up to `limit` unpinned slots, coldest first, from a window behind a moving hand."""
+        """Up to `limit` slots, coldest first, that the step does not use.
+
+        They come from a window behind a moving hand.
+        """
         width = min(len(self._slots), max(_MIN_VICTIM_WINDOW, _VICTIM_WINDOW_FACTOR * limit))
         window = self._slots[(self._hand + np.arange(width)) % max(1, len(self._slots))]
         self._hand = (self._hand + width) % max(1, len(self._slots))
-        window = window[~self._pinned[window] & (self._row_of_slot[window] != NOWHERE)]
+        window = window[
+            (self._last_use[window] != self._step) & (self._row_of_slot[window] != NOWHERE)
+        ]
         hotness = self._policy.hotness(self._row_of_slot[window])
         order = np.lexsort((self._last_use[window], hotness))
         coldest: npt.NDArray[np.int64] = window[order[:limit]]
@@ -163,6 +187,8 @@ class EmbeddingCache:
     def commit(self, plan: RowPlan) -> None:
         """The plan's loads succeeded: its admitted rows can be hit from now on."""
         loaded = self._close(plan)
+        if not len(loaded):
+            return
         self._slot_of_row[plan.row_ids[loaded]] = plan.slots[loaded]
         self._row_of_slot[plan.slots[loaded]] = plan.row_ids[loaded]
         self._num_resident += len(loaded)
@@ -178,8 +204,7 @@ class EmbeddingCache:
         if plan is not self._open_plan:
             raise IntegrityError("EMB: the row plan is not the open one")
         self._open_plan = None
-        self._pinned[plan.slots[plan.slots != NOWHERE]] = False
-        return np.flatnonzero(~plan.resident & (plan.slots != NOWHERE))
+        return plan.admitted
 
     def _bury(self, slots: npt.NDArray[np.int64]) -> None:
         if self._track_dead:
@@ -187,7 +212,9 @@ class EmbeddingCache:
 
     def take_dead_slots(self) -> npt.NDArray[np.int64]:
         """Drains the slots whose row died since the last call (for poisoning them)."""
-        dead = np.unique(np.concatenate([*self._dead, np.empty(0, dtype=np.int64)]))
+        if not self._dead:
+            return _NOTHING
+        dead = np.unique(np.concatenate(self._dead))
         self._dead.clear()
         return dead
 
@@ -206,12 +233,29 @@ class EmbeddingCache:
         if self._num_resident != len(occupied):
             raise IntegrityError("EMB: the count of resident rows is wrong")
         free = self._free[: self._num_free]
-        reserved = np.empty(0, dtype=np.int64)
-        if self._open_plan is not None:
-            plan = self._open_plan
-            reserved = plan.slots[~plan.resident & (plan.slots != NOWHERE)]
+        plan = self._open_plan
+        reserved = _NOTHING if plan is None else plan.slots[plan.admitted]
         held = np.sort(np.concatenate([free, reserved, occupied]))
         if not np.array_equal(held, self._slots):
             raise IntegrityError("EMB: free, reserved and occupied slots are not all slots")
-        if self._open_plan is None and self._pinned.any():
-            raise IntegrityError("EMB: a slot is pinned though no step runs")
+
+
+@njit(nogil=True, cache=True)
+def _use(row_ids: Any, slot_of_row: Any, last_use: Any, step: Any) -> Any:
+    """Looks up distinct rows and marks the slots of those that are resident as used by the step.
+
+    Returns:
+        Slots, int64 [n]; which rows are resident, bool [n]; how many are not.
+    """
+    slots = np.empty(len(row_ids), dtype=np.int64)
+    resident = np.empty(len(row_ids), dtype=np.bool_)
+    num_missing = 0
+    for place in range(len(row_ids)):
+        slot = slot_of_row[row_ids[place]]
+        slots[place] = slot
+        resident[place] = slot != NOWHERE
+        if slot == NOWHERE:
+            num_missing += 1
+        else:
+            last_use[slot] = step
+    return slots, resident, num_missing

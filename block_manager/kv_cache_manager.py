@@ -43,15 +43,13 @@ class KVCacheManager:
         """
         if request_id in self._held:
             raise IntegrityError(f"request {request_id} already holds blocks")
-        cached = self.pool.find_cached_prefix(hashes, max_cached_tokens // self.block_tokens)
-        num_new = -(-num_tokens // self.block_tokens) - len(cached)
-        # Cached blocks that nobody reads are in the free list too and are about to leave it.
-        if num_new > self.pool.num_free_blocks - self.pool.num_idle(cached):
+        reusable = hashes[: max_cached_tokens // self.block_tokens]
+        allocated = self.pool.allocate(reusable, -(-num_tokens // self.block_tokens))
+        if allocated is None:
             return None
-        self.pool.touch(cached)
-        self._held[request_id] = np.concatenate([cached, self.pool.get_new_blocks(num_new)])
-        self._num_cached[request_id] = len(cached)
-        return len(cached) * self.block_tokens
+        self._held[request_id], num_cached = allocated
+        self._num_cached[request_id] = num_cached
+        return num_cached * self.block_tokens
 
     def block_table(self, request_id: str) -> PageIds:
         """Pages of a request's history, int64 [blocks], oldest first; not to be written to."""

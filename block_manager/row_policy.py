@@ -6,15 +6,18 @@ resident row only if it was asked for more often of late.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 RowIds = npt.NDArray[np.int64]
 
 _AGEING_ACCESSES_PER_SLOT = 10
 _ROWS_HALVED_PER_ACCESS = 64
 """Limit of what ageing a large table may cost an access when there are few slots."""
-_MAX_COUNT = np.iinfo(np.uint8).max
+_MAX_COUNT = int(np.iinfo(np.uint8).max)
 
 
 class AgedFrequency:
@@ -29,8 +32,7 @@ class AgedFrequency:
 
     def record(self, row_ids: RowIds, times: npt.NDArray[np.int64]) -> None:
         """Counts accesses of distinct rows (int64 [n]), `times` (int64 [n]) of each."""
-        self._counts[row_ids] = np.minimum(self._counts[row_ids] + times, _MAX_COUNT)
-        self._accesses += int(times.sum())
+        self._accesses += _add(self._counts, row_ids, times)
         if self._accesses >= self._period:
             self._accesses = 0
             self._counts >>= 1
@@ -38,3 +40,14 @@ class AgedFrequency:
     def hotness(self, row_ids: RowIds) -> npt.NDArray[np.uint8]:
         """How hot rows are, comparable across rows: uint8 [n]."""
         return self._counts[row_ids]
+
+
+@njit(nogil=True, cache=True)
+def _add(counts: Any, row_ids: Any, times: Any) -> Any:
+    """Adds to the rows' counts, which stop at the largest; returns the sum of `times`."""
+    total = 0
+    for place in range(len(row_ids)):
+        row = row_ids[place]
+        counts[row] = min(counts[row] + times[place], _MAX_COUNT)
+        total += times[place]
+    return total

@@ -6,14 +6,28 @@ python -m helm_engine.compile_kernels
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from block_manager.block_pool import BlockPool
+from block_manager.distinct_rows import DistinctRows
+from block_manager.embedding_cache import EmbeddingCache
 from model_executor.attention.cpu_fused import compile_kernels
+from model_executor.page_arena import row_addresses
+from model_executor.paged_batch import build_paged_batch
+from model_executor.step import ScheduledRequest
 
 
 def main() -> None:
-    """Compiles the KV tenant's bookkeeping and the attention of CPUs."""
+    """Compiles both tenants' bookkeeping, what builds a step's arrays, and attention of CPUs."""
     BlockPool(np.arange(1))
+    row = np.zeros(1, dtype=np.int64)
+    distinct, cache = DistinctRows(1), EmbeddingCache(row, rows_per_page=1, num_rows=1)
+    distinct.count(row, cache.slot_of_row)
+    found = distinct.of(row)
+    cache.plan(found.row_ids, found.counts)
+    row_addresses(row, row, 1, 1, 1, 1)
+    request = ScheduledRequest("", 0, row, row, features=row.reshape(1, 1), task=None)
+    build_paged_batch([request], 1, torch.device("cpu"))
     compile_kernels()
 
 

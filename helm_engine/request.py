@@ -90,7 +90,10 @@ class Request:
         return self.num_candidates == 0
 
     def take_scores(self, scores: Float32Array) -> None:
-        """Takes over the scores of the next candidates, [n, tasks]."""
+        """Takes over the scores of the next candidates, [n, tasks]; kept, if they are all."""
+        if len(scores) == self.num_candidates:
+            self.scores, self.num_scored = scores, len(scores)
+            return
         if self.scores is None:
             self.scores = np.zeros((self.num_candidates, scores.shape[1]), dtype=np.float32)
         self.scores[self.num_scored : self.num_scored + len(scores)] = scores

@@ -12,12 +12,13 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import count
 from math import inf
+from typing import NamedTuple
 
 import numpy as np
 
 from block_manager.block_pool import BlockPool
 from block_manager.distinct_rows import DistinctRows
-from block_manager.embedding_cache import NOWHERE, EmbeddingCache
+from block_manager.embedding_cache import EmbeddingCache
 from block_manager.exceptions import IntegrityError
 from block_manager.kv_cache_manager import KVCacheManager
 from block_manager.page_pool import PagePool, Tenant
@@ -63,8 +64,7 @@ class SchedulerStats:
     """Those that were in the pool."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Share:
+class _Share(NamedTuple):
     """What one request gets of a step."""
 
     request: Request
@@ -73,12 +73,11 @@ class _Share:
     num_candidates: int
 
     @property
-    def row_ids(self) -> Int64Array:
+    def row_ids(self) -> list[Int64Array]:
         """Pool rows of the share, NO_ROW where a token takes none: context, then candidates."""
         tokens, first = self.request.tokens, self.request.num_scored
         rows = tokens.rows[self.start : self.start + self.num_rows]
-        candidates = tokens.candidate_rows[first : first + self.num_candidates]
-        return np.concatenate([rows, candidates])
+        return [rows, tokens.candidate_rows[first : first + self.num_candidates]]
 
 
 class Scheduler:
@@ -235,9 +234,8 @@ class Scheduler:
         request.num_computed = request.cached_tokens = cached
         tokens = request.tokens
         rows = np.concatenate([tokens.rows[cached:], tokens.candidate_rows])
-        needed = self._distinct.of(rows).row_ids
-        request.rows_requested = len(needed)
-        request.rows_resident = int(np.sum(self.emb.lookup(needed) != NOWHERE))
+        needed = self._distinct.count(rows, self.emb.slot_of_row)
+        request.rows_requested, request.rows_resident = needed
         self._waiting.remove(key)
         self._running.add(key, request)
         self.stats.prefix_queries += request.num_tokens
@@ -263,10 +261,12 @@ class Scheduler:
         return _Share(request, start, num_rows, num_candidates)
 
     def _build_step(self, shares: list[_Share]) -> SchedulerOutput:
-        rows = self._distinct.of(np.concatenate([share.row_ids for share in shares]))
+        rows = self._distinct.of(
+            np.concatenate([part for share in shares for part in share.row_ids])
+        )
         plan = self.emb.plan(rows.row_ids, rows.counts)
         self.stats.row_queries += len(rows.row_ids)
-        self.stats.row_hits += int(plan.resident.sum())
+        self.stats.row_hits += int(np.count_nonzero(plan.resident))
         scheduled, first = [], 0
         for share in shares:
             end = first + share.num_rows + share.num_candidates

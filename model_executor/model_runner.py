@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from block_manager.embedding_cache import NOWHERE, RowPlan
+from block_manager.embedding_cache import RowPlan
 from block_manager.pool_layout import PoolLayout
 from model_executor.attention.backend import AttentionBackend
 from model_executor.device_memory import DeviceMemory
@@ -32,38 +30,37 @@ from model_executor.step import (
     StepTimings,
 )
 
-Phase = Literal["load", "prefill", "score"]
-
 
 class PhaseTimer:
     """Milliseconds per phase; on CUDA by events, so that timing adds no synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
+        """Starts the first phase."""
         self._cuda = device.type == "cuda"
-        self._marks: dict[Phase, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
-        self._ms: dict[Phase, float] = {"load": 0.0, "prefill": 0.0, "score": 0.0}
+        self._times: list[float] = []
+        self._events: list[torch.cuda.Event] = []
+        self.mark()
 
-    @contextmanager
-    def phase(self, name: Phase) -> Iterator[None]:
-        """Times the body as one phase."""
+    def mark(self) -> None:
+        """Ends a phase and starts the next one."""
         if self._cuda:
-            begin = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            begin.record()
-            yield
-            end.record()
-            self._marks[name] = (begin, end)
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append(event)
         else:
-            started = time.perf_counter()
-            yield
-            self._ms[name] = (time.perf_counter() - started) * 1e3
+            self._times.append(time.perf_counter())
 
     def result(self) -> StepTimings:
-        """The step's timings; on CUDA it waits for the last event."""
-        for name, (begin, end) in self._marks.items():
-            end.synchronize()
-            self._ms[name] = begin.elapsed_time(end)
-        return StepTimings(self._ms["load"], self._ms["prefill"], self._ms["score"])
+        """Ends the third phase; the step's timings. On CUDA it waits for the last event."""
+        self.mark()
+        if self._cuda:
+            self._events[-1].synchronize()
+            load, prefill, score = (
+                begin.elapsed_time(end) for begin, end in pairwise(self._events)
+            )
+        else:
+            load, prefill, score = ((end - begin) * 1e3 for begin, end in pairwise(self._times))
+        return StepTimings(load, prefill, score)
 
 
 class ModelRunner:
@@ -94,6 +91,8 @@ class ModelRunner:
         self._layout = layout
         self._attention = attention
         self._device = device
+        # Kept and entered anew for each step: to make one takes longer than to enter it.
+        self._inference = torch.inference_mode()
 
     @property
     def memory(self) -> DeviceMemory:
@@ -105,23 +104,22 @@ class ModelRunner:
         staging = self._layout.staging_bytes
         return DeviceMemory(weights, pages=self.arena.nbytes - staging, staging=staging)
 
-    @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelOutput:
         """Carries out one step; see `Executor.execute`.
 
         Candidates of a ranking model run through the layers with the histories, in `prefill`.
         """
-        timer = PhaseTimer(self._device)
-        with timer.phase("load"):
+        with self._inference:
+            timer = PhaseTimer(self._device)
             self._poison(step)
             addresses = self._load_rows(step.rows)
-        retrieved: dict[str, tuple[Int64Array, Float32Array]] = {}
-        with timer.phase("prefill"):
+            timer.mark()
             batch = self._batch(step.requests)
             rows = self._token_rows(step.requests, addresses)
             x = self.model.embed(rows, batch)
             encoded = self.model.encode(x, batch, self.arena.kv, self._attention)
-        with timer.phase("score"):
+            timer.mark()
+            retrieved: dict[str, tuple[Int64Array, Float32Array]] = {}
             if isinstance(self.model, RankingModel):
                 candidate_rows = rows[batch.num_context_rows :]
                 scores = self.model.score(encoded, candidate_rows, batch)
@@ -131,7 +129,7 @@ class ModelRunner:
                 scores = self._inner_products(self.model, step.requests, users, addresses)
                 retrieved = self._retrieve(step.requests, users)
             parts = _by_request(step.requests, scores)
-        return ModelOutput(parts, retrieved, timer.result())
+            return ModelOutput(parts, retrieved, timer.result())
 
     @torch.inference_mode()
     def encode(self, step: SchedulerOutput) -> Tensor:
@@ -153,11 +151,9 @@ class ModelRunner:
         if len(step.dead_slots):
             self.arena.poison_slots(to_device(step.dead_slots, self._device))
 
-    def _load_rows(self, plan: RowPlan) -> Tensor:
+    def _load_rows(self, plan: RowPlan) -> Int64Array:
         """Copies the missing rows to the device; returns the address of every row of the plan."""
-        addresses = to_device(self.arena.addresses(plan.slots, plan.staging), self._device)
-        admitted = np.flatnonzero(~plan.resident & (plan.slots != NOWHERE))
-        staged = np.flatnonzero(plan.staging != NOWHERE)
+        admitted, staged = plan.admitted, plan.staged
         if len(admitted):
             self.arena.write_slots(
                 to_device(plan.slots[admitted], self._device),
@@ -167,7 +163,7 @@ class ModelRunner:
             self.arena.write_staging(
                 to_device(plan.staging[staged], self._device), self._fetch(plan.row_ids[staged])
             )
-        return addresses
+        return self.arena.addresses(plan.slots, plan.staging)
 
     def _fetch(self, row_ids: Int64Array) -> Tensor:
         """Rows of the host tier on the device, float [n, row_dim]."""
@@ -177,7 +173,7 @@ class ModelRunner:
         in_sequence = isinstance(self.model, RankingModel)
         return build_paged_batch(requests, self._layout.block_tokens, self._device, in_sequence)
 
-    def _token_rows(self, requests: tuple[ScheduledRequest, ...], addresses: Tensor) -> Tensor:
+    def _token_rows(self, requests: tuple[ScheduledRequest, ...], addresses: Int64Array) -> Tensor:
         """Pool rows of the step's tokens, zeros where a token has none: float [T, row_dim]."""
         index = [request.row_index for request in requests]
         if isinstance(self.model, RankingModel):
@@ -185,11 +181,11 @@ class ModelRunner:
         row_index = np.concatenate(index)
         has_row = row_index != NO_ROW
         if has_row.all():
-            return self.arena.read_rows(addresses[to_device(row_index, self._device)])
+            return self.arena.read_rows(to_device(addresses[row_index], self._device))
         rows = torch.zeros(
             len(row_index), self.model.config.row_dim, dtype=self._dtype, device=self._device
         )
-        places = addresses[to_device(row_index[has_row], self._device)]
+        places = to_device(addresses[row_index[has_row]], self._device)
         rows[to_device(has_row, self._device)] = self.arena.read_rows(places)
         return rows
 
@@ -198,14 +194,14 @@ class ModelRunner:
         model: RetrievalModel,
         requests: tuple[ScheduledRequest, ...],
         users: Tensor,
-        addresses: Tensor,
+        addresses: Int64Array,
     ) -> Tensor:
         """Products of each user's last row and its candidates' pool rows: float32 [C, 1]."""
         found = _scorings(requests)
         if not found:
             return torch.empty(0, 1)
         rows = np.concatenate([task.row_index for _, task in found])
-        places = addresses[to_device(rows, self._device)]
+        places = to_device(addresses[rows], self._device)
         items = model.normalise_item(self.arena.read_rows(places))
         owners = np.repeat(
             [place for place, _ in found], [len(task.row_index) for _, task in found]
@@ -245,8 +241,9 @@ def _scorings(
 def _by_request(requests: tuple[ScheduledRequest, ...], scores: Tensor) -> dict[str, Float32Array]:
     """Splits a step's scores [C, tasks] among its requests."""
     on_host, parts, first = scores.cpu().numpy(), {}, 0
-    for place, task in _scorings(requests):
-        end = first + len(task.row_index)
-        parts[requests[place].request_id] = on_host[first:end]
-        first = end
+    for request in requests:
+        if isinstance(request.task, CandidateScoring):
+            end = first + request.num_candidates
+            parts[request.request_id] = on_host[first:end]
+            first = end
     return parts

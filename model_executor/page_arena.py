@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from block_manager.pool_layout import PoolLayout
@@ -116,12 +118,15 @@ class PageArena:
             slots: page * rows_per_page + place, int64 [n]; negative where a row is in staging.
             staging: place in staging, int64 [n]; read where there is no slot.
         """
-        per_page = self.layout.rows_per_page
-        page_stride = self._page_elements // self._address_stride
-        row_stride = self._row_elements // self._address_stride
-        pages, places = np.divmod(slots, per_page)
-        behind = self.layout.num_pages * page_stride + staging * row_stride
-        return np.where(slots >= 0, pages * page_stride + places * row_stride, behind)
+        found: Int64Array = row_addresses(
+            slots,
+            staging,
+            self.layout.rows_per_page,
+            self._page_elements // self._address_stride,
+            self._row_elements // self._address_stride,
+            self.layout.num_pages,
+        )
+        return found
 
     def read_rows(self, addresses: Tensor) -> Tensor:
         """Copies the rows at these addresses: float [n, D]."""
@@ -150,3 +155,19 @@ class PageArena:
         """Fills row slots (int64 [n]) with NaN."""
         nan = self._storage.new_full((len(slots), self._row_elements), math.nan)
         self.write_slots(slots, nan)
+
+
+@njit(nogil=True, cache=True)
+def row_addresses(
+    slots: Any, staging: Any, per_page: Any, page_stride: Any, row_stride: Any, num_pages: Any
+) -> Any:
+    """See `PageArena.addresses`; strides are in addresses."""
+    addresses = np.empty(len(slots), dtype=np.int64)
+    for row in range(len(slots)):
+        slot = slots[row]
+        if slot >= 0:
+            page = slot // per_page
+            addresses[row] = page * page_stride + (slot - page * per_page) * row_stride
+        else:
+            addresses[row] = num_pages * page_stride + staging[row] * row_stride
+    return addresses

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba import njit
 from torch import Tensor
 
 from model_executor.step import CandidateScoring, Int64Array, ScheduledRequest
 
 
-@dataclass(frozen=True, slots=True)
-class PagedSequence:
+class PagedSequence(NamedTuple):
     """One request's share: context rows start .. start + num_rows - 1, then candidates.
 
     All rows bring keys and values; queries are the last `num_queries` context rows and all
@@ -78,8 +78,7 @@ class PagedBatch:
             ends.append(one.first_row + one.num_rows - 1)
             shift = num_ends - self.num_context_rows
             sequences.append(
-                replace(
-                    one,
+                one._replace(
                     first_query=place if last_rows else 0,
                     num_queries=1 if last_rows else 0,
                     first_candidate_query=one.first_candidate + shift,
@@ -91,8 +90,9 @@ class PagedBatch:
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """A host array as a tensor of the same type."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    """A host array as a tensor of the same type; on a CPU it may be the array's memory itself."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.to(device)
 
 
 def build_paged_batch(
@@ -109,43 +109,88 @@ def build_paged_batch(
         device: where the tensors go.
         candidates_in_sequence: whether candidates are rows of the step.
     """
-    num_context_rows = sum(request.num_rows for request in requests)
-    sequences, positions, page_ids, features = [], [], [], []
-    candidate_positions, candidate_features = [], []
-    first_row, first_candidate = 0, num_context_rows
+    features, candidate_features = [], []
+    shares: list[tuple[int, int, int, int]] = []
     for request in requests:
-        end = request.start + request.num_rows
-        rows = np.arange(request.start, end)
-        positions.append(rows)
-        page_ids.append(request.block_table[rows // block_tokens])
-        features.append(request.features[request.start :])
         num_candidates = 0
         if candidates_in_sequence and isinstance(request.task, CandidateScoring):
             num_candidates = request.num_candidates
-            candidate_positions.append(np.full(num_candidates, end))
             candidate_features.append(request.task.features)
+        if request.num_rows:
+            features.append(request.features[request.start :])
+        shares.append((request.start, request.num_rows, num_candidates, len(request.block_table)))
+    tables = np.concatenate([request.block_table for request in requests])
+    numbers, num_rows, num_context_rows = _lay_out(np.array(shares), tables, block_tokens)
+    # One array, and so one copy to the device.
+    sizes = [num_rows, num_context_rows, num_context_rows, *(share[3] for share in shares)]
+    # Not `Tensor.split`: a detour through Python that takes as long again.
+    positions, page_ids, page_offsets, *block_tables = torch.split_with_sizes(
+        to_device(numbers, device), sizes
+    )
+    return PagedBatch(
+        num_context_rows=num_context_rows,
+        positions=positions,
+        features=np.concatenate([*features, *candidate_features] or [requests[0].features[:0]]),
+        page_ids=page_ids,
+        page_offsets=page_offsets,
+        sequences=_sequences(requests, shares, block_tables, num_context_rows),
+    )
+
+
+def _sequences(
+    requests: Sequence[ScheduledRequest],
+    shares: list[tuple[int, int, int, int]],
+    block_tables: list[Tensor],
+    num_context_rows: int,
+) -> tuple[PagedSequence, ...]:
+    """The requests' places among the rows; all context rows are queries."""
+    sequences, first_row, first_candidate = [], 0, num_context_rows
+    for request, share, table in zip(requests, shares, block_tables, strict=True):
+        start, num_rows, num_candidates, _ = share
         sequences.append(
             PagedSequence(
                 first_row=first_row,
-                num_rows=request.num_rows,
-                start=request.start,
+                num_rows=num_rows,
+                start=start,
                 first_candidate=first_candidate,
                 num_candidates=num_candidates,
                 first_query=first_row,
-                num_queries=request.num_rows,
+                num_queries=num_rows,
                 first_candidate_query=first_candidate,
-                block_table=to_device(request.block_table, device),
+                block_table=table,
                 features=request.features,
             )
         )
-        first_row += request.num_rows
+        first_row += num_rows
         first_candidate += num_candidates
-    rows = np.concatenate(positions)
-    return PagedBatch(
-        num_context_rows=num_context_rows,
-        positions=to_device(np.concatenate([rows, *candidate_positions]), device),
-        features=np.concatenate([*features, *candidate_features]),
-        page_ids=to_device(np.concatenate(page_ids), device),
-        page_offsets=to_device(rows % block_tokens, device),
-        sequences=tuple(sequences),
-    )
+    return tuple(sequences)
+
+
+@njit(nogil=True, cache=True)
+def _lay_out(shares: Any, tables: Any, block_tokens: Any) -> Any:
+    """Numbers of a batch behind one another: int64 [T + 2 * T_c + blocks].
+
+    Args:
+        shares: start, context rows, candidates, blocks of each request, int64 [requests, 4].
+        tables: block tables of all requests, int64 [blocks].
+        block_tokens: rows of a block.
+
+    Returns:
+        Positions [T], pages [T_c] and page offsets [T_c] of `PagedBatch`, then the tables; T; T_c.
+    """
+    num_context_rows = shares[:, 1].sum()
+    num_rows = num_context_rows + shares[:, 2].sum()
+    numbers = np.empty(num_rows + 2 * num_context_rows + len(tables), dtype=np.int64)
+    row, candidate, first_block = 0, num_context_rows, 0
+    for place in range(len(shares)):
+        start, end = shares[place, 0], shares[place, 0] + shares[place, 1]
+        for position in range(start, end):
+            numbers[row] = position
+            numbers[num_rows + row] = tables[first_block + position // block_tokens]
+            numbers[num_rows + num_context_rows + row] = position % block_tokens
+            row += 1
+        numbers[candidate : candidate + shares[place, 2]] = end
+        candidate += shares[place, 2]
+        first_block += shares[place, 3]
+    numbers[num_rows + 2 * num_context_rows :] = tables
+    return numbers, num_rows, num_context_rows

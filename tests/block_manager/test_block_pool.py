@@ -221,9 +221,7 @@ def test_lookup_ends_at_its_limit(pool: BlockPool) -> None:
 
 def test_touch_takes_a_block_off_the_free_list(pool: BlockPool) -> None:
     pool.free_blocks(take_hashed(pool, A, B))
-    assert pool.num_idle(ids(1, 2)) == 2
     pool.touch(ids(1))
-    assert pool.num_idle(ids(1, 2)) == 1
     assert pool.num_free_blocks == 9
     assert eviction_order(pool) == [3, 4, 5, 6, 7, 8, 9, 10, 2]
 

@@ -96,10 +96,24 @@ class BlockPoolMachine(RuleBasedStateMachine):
     def find_and_touch(self, wanted: list[BlockHash], limit: int) -> None:
         found = self.pool.find_cached_prefix(wanted, limit)
         assert found.tolist() == self.plain.find(wanted[:limit])
-        idle = {block for block in found.tolist() if not self.plain.readers[block]}
-        assert self.pool.num_idle(np.unique(found)) == len(idle)
         self.pool.touch(found)
         self.plain.touch(found.tolist())
+
+    @rule(wanted=hashes, number=st.integers(0, 6))
+    def allocate(self, wanted: list[BlockHash], number: int) -> None:
+        """A prefix and new blocks at once; one block never stands twice in a history."""
+        wanted = list(dict.fromkeys(wanted))[:number]
+        found = self.plain.find(wanted)
+        num_free = len([block for block in self.plain.free if block not in found])
+        allocated = self.pool.allocate(wanted, number)
+        if number - len(found) > num_free:
+            assert allocated is None
+            return
+        self.plain.touch(found)
+        blocks = found + self.plain.get_new(number - len(found))
+        assert allocated is not None
+        assert allocated[0].tolist() == blocks
+        assert allocated[1] == len(found)
 
     @precondition(lambda self: self.plain.held)
     @rule(data=st.data())

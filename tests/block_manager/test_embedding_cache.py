@@ -216,10 +216,3 @@ def test_self_check_finds_a_slot_that_is_free_and_occupied() -> None:
     cache._free[0] = cache.lookup(np.array([1]))[0]
     with pytest.raises(IntegrityError, match="are not all slots"):
         cache.check_integrity()
-
-
-def test_self_check_finds_a_pin_that_outlived_its_step() -> None:
-    cache = cache_of_three_rows()
-    cache._pinned[4] = True
-    with pytest.raises(IntegrityError, match="pinned"):
-        cache.check_integrity()
