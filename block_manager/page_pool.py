@@ -39,6 +39,7 @@ class PagePool:
     def __init__(self, layout: PoolLayout) -> None:
         self._owner = np.full(layout.num_pages, Tenant.KV, dtype=np.int8)
         self._owner[layout.num_kv_pages :] = Tenant.EMB
+        self._num_emb_pages = layout.num_emb_pages
 
     def pages_of(self, tenant: Tenant) -> PageIds:
         """Pages of a tenant, int64, ascending."""
@@ -47,7 +48,7 @@ class PagePool:
     @property
     def committed(self) -> float:
         """The EMB share of the pages, as it is now."""
-        return float(np.mean(self._owner == Tenant.EMB))
+        return self._num_emb_pages / len(self._owner)
 
     def check_integrity(self, kv: PageHolder, emb: PageHolder) -> None:
         """Every page has one owner, the owner knows it, and each tenant's books add up.

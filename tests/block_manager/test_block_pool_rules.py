@@ -150,6 +150,15 @@ class BlockPoolMachine(RuleBasedStateMachine):
         with pytest.raises(IntegrityError, match=f"block {culprit} cannot take a hash"):
             self.pool.cache_blocks(np.array(chosen), [HASHES[0]] * len(chosen))
 
+    @rule(chosen=st.sets(st.sampled_from(BLOCKS)))
+    def evict_blocks(self, chosen: set[int]) -> None:
+        """Held blocks lose their content too, but not what their readers read."""
+        evicted = [block for block in chosen if block in self.plain.content]
+        assert self.pool.evict_blocks(np.array(sorted(chosen), dtype=np.int64)) == len(evicted)
+        for block in evicted:
+            del self.plain.content[block]
+        self.plain.dead.update(block for block in evicted if not self.plain.readers[block])
+
     @rule()
     def reset_prefix_cache(self) -> None:
         assert self.pool.reset_prefix_cache() is (not self.plain.held)

@@ -23,7 +23,7 @@ from block_manager.kv_cache_manager import KVCacheManager
 BLOCK_TOKENS = 2
 NUM_PAGES = 9
 USER = 7
-"""Tag of whoever the blocks belong to."""
+"""Tag of whoever the blocks belong to, where that does not matter."""
 
 History = tuple[int, ...]
 
@@ -35,6 +35,11 @@ def hashes_of(history: History) -> list[BlockHash]:
     """Of the blocks whose rows are final: the last row waits for the event after it."""
     features = np.array(history[:-1], dtype=np.int64).reshape(-1, 1)
     return hash_blocks(root_hash("model", b"user"), features, BLOCK_TOKENS)
+
+
+def user_of(history: History) -> int:
+    """Histories that share a prefix are one user's."""
+    return 1 + history[0]
 
 
 class NaivePool:
@@ -118,7 +123,7 @@ class KVCacheManagerMachine(RuleBasedStateMachine):
         history = self.history[name]
         num_computed = round(share * len(history))
         hashes = hashes_of(history) if self.reusable[name] else []
-        self.kv.cache_blocks(name, hashes, num_computed, USER)
+        self.kv.cache_blocks(name, hashes, num_computed, user_of(history))
         if self.reusable[name]:
             self.naive.compute(name, history, num_computed)
 
@@ -126,6 +131,17 @@ class KVCacheManagerMachine(RuleBasedStateMachine):
     def finish(self, name: str) -> None:
         self.kv.free(name)
         self.naive.finish(name)
+
+    @rule(user=st.sampled_from([1, 2]))
+    def forget_user(self, user: int) -> None:
+        """As the scheduler does: requests that run leave nothing behind either."""
+        theirs = [page for page, held in self.naive.content.items() if user_of(held) == user]
+        assert self.kv.forget_user(user) == len(theirs)
+        for page in theirs:
+            del self.naive.content[page]
+        for name, history in self.history.items():
+            if user_of(history) == user:
+                self.reusable[name] = False
 
     @rule()
     def reset(self) -> None:
