@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import Value
+from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ class CoreAlone:
     """The core in this process; requests are prepared before the time is taken."""
 
     def __init__(self, config: EngineConfig, bodies: list[bytes]) -> None:
-        self.clock = ModelClock(Value("d", 0.0))
+        self.clock = ModelClock(get_context("spawn").Value("d", 0.0))
         self.engine = load_timed(self.clock, config)
         self.bodies = bodies
         self.milliseconds: list[float] = []
@@ -154,7 +154,7 @@ class WholeWay:
     """From JSON to JSON, with the core in its own process."""
 
     def __init__(self, config: EngineConfig, bodies: list[bytes]) -> None:
-        self.clock = ModelClock(Value("d", 0.0))
+        self.clock = ModelClock(get_context("spawn").Value("d", 0.0))
         self.supervisor = EngineSupervisor(config, partial(start_timed, self.clock))
         self.recommender = AsyncRecommender(self.supervisor)
         self.bodies = bodies

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from typing import NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
@@ -95,6 +95,19 @@ def _counter(name: str, help_text: str, model_name: str, value: float) -> Metric
     return counter
 
 
+class _ModelMetrics(NamedTuple):
+    """What is counted of one model's answers."""
+
+    success: Counter
+    latency: Histogram
+    queue: Histogram
+    load: Histogram
+    prefill: Histogram
+    score: Histogram
+    tokens: Histogram
+    candidates: Histogram
+
+
 class EngineMetrics:
     """What a front exposes at `/metrics`."""
 
@@ -123,7 +136,8 @@ class EngineMetrics:
         self._candidates = self._histogram(
             "request_candidates", "Candidates of answered requests.", TOKEN_BUCKETS
         )
-        self._success.labels(self._model_name)
+        self._by_model: dict[str, _ModelMetrics] = {}
+        self._of_model(self._model_name)
 
     def _seconds(self, name: str, help_text: str) -> Histogram:
         return self._histogram(f"{name}_seconds", help_text, LATENCY_BUCKETS_SECONDS)
@@ -135,13 +149,27 @@ class EngineMetrics:
 
     def count_success(self, answer: Recommendation, seconds: float) -> None:
         """Counts an answered request and how long it took."""
-        usage = answer.usage
-        self._success.labels(answer.model).inc()
-        self._latency.labels(answer.model).observe(seconds)
-        for phase, milliseconds in asdict(usage.timings_ms).items():
-            self._phases[phase].labels(answer.model).observe(milliseconds / 1e3)
-        self._tokens.labels(answer.model).observe(usage.history_tokens)
-        self._candidates.labels(answer.model).observe(usage.candidates)
+        usage, timings = answer.usage, answer.usage.timings_ms
+        count = self._of_model(answer.model)
+        count.success.inc()
+        count.latency.observe(seconds)
+        count.queue.observe(timings.queue / 1e3)
+        count.load.observe(timings.load / 1e3)
+        count.prefill.observe(timings.prefill / 1e3)
+        count.score.observe(timings.score / 1e3)
+        count.tokens.observe(usage.history_tokens)
+        count.candidates.observe(usage.candidates)
+
+    def _of_model(self, name: str) -> _ModelMetrics:
+        """The metrics of one model; looking up labels costs more than counting."""
+        found = self._by_model.get(name)
+        if found is None:
+            histograms = (self._latency, *self._phases.values(), self._tokens, self._candidates)
+            found = _ModelMetrics(
+                self._success.labels(name), *(one.labels(name) for one in histograms)
+            )
+            self._by_model[name] = found
+        return found
 
     def count_failure(self, error: HelmError) -> None:
         """Counts a request that got an error."""
