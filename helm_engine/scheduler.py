@@ -39,9 +39,10 @@ from model_executor.step import (
 
 
 @dataclass(frozen=True, slots=True)
-class _Keys:
-    """Where an unfinished request stands in the queues."""
+class _Live:
+    """An unfinished request, and where it stands in the queues."""
 
+    request: Request
     urgency: QueueKey
     """Priority, time it is due, number of arrival."""
     deadline: QueueKey
@@ -108,7 +109,7 @@ class Scheduler:
         self.emb = emb
         self.stats = SchedulerStats()
         self._distinct = DistinctRows(emb.num_rows)
-        self._live: dict[str, _Keys] = {}
+        self._live: dict[str, _Live] = {}
         self._waiting = RequestQueue()
         self._running = RequestQueue()
         self._deadlines = RequestQueue()
@@ -148,11 +149,11 @@ class Scheduler:
         has_deadline = request.deadline < inf
         patience = request.arrival + self.config.patience_ms / 1e3
         due = request.deadline if has_deadline else patience
-        keys = _Keys(urgency=(request.priority, due, number), deadline=(request.deadline, number))
-        self._live[request.request_id] = keys
-        self._waiting.add(keys.urgency, request)
+        live = _Live(request, (request.priority, due, number), (request.deadline, number))
+        self._live[request.request_id] = live
+        self._waiting.add(live.urgency, request)
         if has_deadline:
-            self._deadlines.add(keys.deadline, request)
+            self._deadlines.add(live.deadline, request)
 
     def fail(self, request: Request, error: HelmError) -> None:
         """Ends a request with an error and frees what it held, unless it has ended before."""
@@ -163,12 +164,15 @@ class Scheduler:
             self._failed.append(request)
 
     def _release(self, request: Request) -> None:
-        """Takes a request out of every queue and gives back its blocks."""
-        keys = self._live.pop(request.request_id)
-        self._waiting.remove(keys.urgency)
-        self._running.remove(keys.urgency)
-        self._deadlines.remove(keys.deadline)
-        self.kv.free(request.request_id)
+        """Takes a request out of the queues that it is in and gives back its blocks."""
+        live = self._live.pop(request.request_id)
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(live.urgency)
+            self.kv.free(request.request_id)
+        else:
+            self._waiting.remove(live.urgency)
+        if request.deadline < inf:
+            self._deadlines.remove(live.deadline)
 
     def take_failed(self) -> list[Request]:
         """Drains the requests that ended with an error since the last call."""
@@ -303,11 +307,11 @@ class Scheduler:
         """Commits a step that was carried out; returns the requests it finished."""
         self.emb.commit(step.rows)
         finished = []
-        running = {request.request_id: request for _, request in self._running}
         for scheduled in step.requests:
-            request = running.get(scheduled.request_id)
-            if request is None:
+            live = self._live.get(scheduled.request_id)
+            if live is None:
                 continue  # Withdrawn while the step ran.
+            request = live.request
             self._commit(request, scheduled, output)
             if request.is_done:
                 self._release(request)
@@ -331,10 +335,10 @@ class Scheduler:
     def fail_step(self, step: SchedulerOutput, error: HelmError) -> None:
         """A step could not be carried out: its requests fail, its row plan is undone."""
         self.emb.abandon(step.rows)
-        in_step = {scheduled.request_id for scheduled in step.requests}
-        for _, request in list(self._running):
-            if request.request_id in in_step:
-                self.fail(request, error)
+        for scheduled in step.requests:
+            live = self._live.get(scheduled.request_id)
+            if live is not None:
+                self.fail(live.request, error)
 
     def forget_user(self, user_tag: int) -> int:
         """Makes a user's KV unreachable, also that which requests in flight would leave.
@@ -342,10 +346,9 @@ class Scheduler:
         Returns:
             Blocks that were reusable.
         """
-        for queue in (self._waiting, self._running):
-            for _, request in queue:
-                if request.user_tag == user_tag:
-                    request.block_hashes = []
+        for live in self._live.values():
+            if live.request.user_tag == user_tag:
+                live.request.block_hashes = []
         return self.kv.forget_user(user_tag)
 
     def check_nothing_leaked(self) -> None:
