@@ -33,7 +33,7 @@ from benchmarks.report import benchmark_parser, write_result
 from model_executor.attention.backend import AttentionBackend
 from model_executor.attention.cpu_fused import CpuFusedAttention
 from model_executor.attention.rule import AttentionRule
-from model_executor.attention.silu_tile import silu_pass
+from model_executor.attention.silu_vectors import silu_pass
 from model_executor.attention.torch_reference import TorchReferenceAttention
 from model_executor.page_arena import PagedKV
 from model_executor.paged_batch import PagedBatch, PagedSequence

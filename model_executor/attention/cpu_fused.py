@@ -29,7 +29,8 @@ from model_executor.attention.silu_memory import (
     Step,
     make_scratch,
 )
-from model_executor.attention.silu_tile import COLUMNS, ROWS, SCORE_FACTOR, WEIGHT_FACTOR
+from model_executor.attention.silu_tile import COLUMNS, ROWS
+from model_executor.attention.silu_vectors import SCORE_FACTOR, WEIGHT_FACTOR
 from model_executor.page_arena import PagedKV
 from model_executor.paged_batch import PagedBatch, PagedSequence
 

@@ -30,15 +30,12 @@ from model_executor.attention.silu_memory import (
 )
 from model_executor.attention.silu_tile import (
     COLUMNS,
-    LANES,
     ROWS,
-    biased_silu_pass,
     block_product,
     compiled,
-    silu,
-    silu_pass,
     use_wide_vectors,
 )
+from model_executor.attention.silu_vectors import biased_silu_pass, silu, silu_pass
 
 
 @compiled
@@ -84,7 +81,8 @@ def _attend_tile(
     use_wide_vectors()
     lows, highs, all_from, all_to = scratch.lows, scratch.highs, scratch.all_from, scratch.all_to
     queries, keys, scores = scratch.queries, scratch.keys, scratch.scores
-    values, sums = scratch.values, scratch.sums
+    values, sums, firsts, ends = scratch.values, scratch.sums, scratch.firsts, scratch.ends
+    biases = bias.array
     width, dqk, dv = constants.keys_per_tile, constants.dqk, padded(constants.dv)
     for strip in range(num_strips):
         listed = own * num_strips + strip
@@ -98,48 +96,68 @@ def _attend_tile(
             block_product(
                 queries, at, 1, ROWS, keys, key * dqk, COLUMNS, scores, key, width, dqk, False
             )
-        is_whole = all_from[listed] <= tile_first and all_to[listed] >= tile_end
-        if is_whole and tile_end - tile_first == width and bias.num_keys == 0:
-            silu_pass(scores, 0, ROWS * width)
-        else:
-            _weigh_by_row(listed, strip, tile_first, begin, stop, width, scratch, bias)
-        depth = stop - begin
+            # At once, so that divisions go on beside the next product.
+            first = tile_first + key
+            if bias.num_keys == 0:
+                for row in range(ROWS):
+                    silu_pass(scores, key + row * width, COLUMNS)
+            else:
+                bias_at = strip * ROWS * bias.num_keys + first - bias.first_key
+                _weigh_biased(scores, key, width, biases, bias_at, bias.num_keys)
+            if all_from[listed] > first or all_to[listed] < first + COLUMNS:
+                _mask_block(scores, key, width, firsts, ends, listed * ROWS, first)
         for column in range(0, dv, COLUMNS):
-            value, total = begin * dv + column, strip * ROWS * dv + column
-            block_product(scores, begin, width, 1, values, value, dv, sums, total, dv, depth, True)
+            value, total = low * dv + column, strip * ROWS * dv + column
+            depth = high - low
+            block_product(scores, low, width, 1, values, value, dv, sums, total, dv, depth, True)
 
 
 @compiled
-def _weigh_by_row(
-    listed: int,
-    strip: int,
-    tile_first: int,
-    begin: int,
-    stop: int,
-    width: int,
-    scratch: Scratch,
-    bias: Bias,
+def _weigh_biased(
+    scores: Any, at: int, width: int, biases: Any, bias_at: int, bias_width: int
 ) -> None:
-    """Makes weights of a strip's scores in columns begin .. stop - 1, 0 where nobody reads."""
+    """Makes weights of [ROWS, COLUMNS] scores with a bias.
+
+    Args:
+        scores: where they are.
+        at: where they begin.
+        width: the distance of their rows.
+        biases: where the bias is.
+        bias_at: where it begins.
+        bias_width: the distance of its rows.
+    """
     use_wide_vectors()
-    scores, firsts, ends, biases = scratch.scores, scratch.firsts, scratch.ends, bias.array
     for row in range(ROWS):
-        first = min(max(firsts[listed * ROWS + row] - tile_first, begin), stop)
-        end = min(max(ends[listed * ROWS + row] - tile_first, first), stop)
-        # From and to whole vectors, which are quicker; what is too much is cleared.
-        aligned = first // LANES * LANES
-        number = -(-end // LANES) * LANES - aligned
-        at = row * width
-        if bias.num_keys > 0:
-            bias_at = (strip * ROWS + row) * bias.num_keys + tile_first - bias.first_key + aligned
-            number = min(number, biases.size - bias_at)
-            biased_silu_pass(scores, at + aligned, number, biases, bias_at)
-        else:
-            silu_pass(scores, at + aligned, number)
-        for column in range(begin, first):
-            scores[np.uintp(at + column)] = 0
-        for column in range(end, stop):
-            scores[np.uintp(at + column)] = 0
+        first = bias_at + row * bias_width
+        # Columns behind the last key have no bias, nor have rows that no query is in.
+        number = max(min(COLUMNS, biases.size - first), 0)
+        biased_silu_pass(scores, at + row * width, number, biases, first)
+
+
+@compiled
+def _mask_block(
+    scores: Any, at: int, width: int, firsts: Any, ends: Any, bounds_at: int, key: int
+) -> None:
+    """Clears what is not read of [ROWS, COLUMNS] weights, the first of which are of a key.
+
+    Args:
+        scores: where they are.
+        at: where they begin.
+        width: the distance of their rows.
+        firsts: the first key that a row reads.
+        ends: the key behind the last one that it reads.
+        bounds_at: where the rows begin in firsts and ends.
+        key: that of the first column.
+    """
+    use_wide_vectors()
+    for row in range(ROWS):
+        bounds = np.uintp(bounds_at + row)
+        # Of 32 bits, as weights are, so that vectors are compared.
+        first = np.int32(min(max(firsts[bounds] - key, 0), COLUMNS))
+        end = np.int32(min(max(ends[bounds] - key, 0), COLUMNS))
+        for column in range(COLUMNS):
+            place, number = np.uintp(at + row * width + column), np.int32(column)
+            scores[place] = scores[place] if first <= number < end else np.float32(0.0)
 
 
 @compiled
@@ -195,7 +213,7 @@ def _kernel(sources: int) -> Any:
 
 def _digest() -> int:
     """Stands for the other files that are compiled into the kernel."""
-    names = ("silu_intervals.py", "silu_memory.py", "silu_tile.py")
+    names = ("silu_intervals.py", "silu_memory.py", "silu_tile.py", "silu_vectors.py")
     text = b"".join((Path(__file__).parent / name).read_bytes() for name in names)
     return int.from_bytes(hashlib.sha256(text).digest()[:7])
 

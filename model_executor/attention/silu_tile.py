@@ -1,48 +1,22 @@
-"""Inner loops of compiled SiLU attention on a CPU: a matrix product in registers, and the SiLU.
-
-SiLU(x) = x / (1 + e^-x). With z = -x log2(e) it is -ln 2 * z / (1 + 2^z), and the two constants are
-left to factors that are there anyway. 2^z is a whole power, made by shifting an integer into the
-exponent of a float, times a polynomial on [-1/2, 1/2].
-"""
+"""What compiled SiLU attention is made for: the processor, its vectors, and a product in them."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
-from llvmlite import binding, ir  # type: ignore[import-untyped]
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-_FEATURES = binding.get_host_cpu_features()
+# What numba compiles for: the processor's features, or those of NUMBA_CPU_FEATURES.
+_TARGET_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+FEATURES = {name[1:] for name in _TARGET_FEATURES if name.startswith("+")}
 # A row of a product has two vectors of sums. With two vectors of the right factor and a broadcast
 # number they fill the registers: 32 with AVX-512, 16 before.
-_AVX512, _AVX2 = (bool(_FEATURES.get(name)) for name in ("avx512f", "avx2"))
-LANES, ROWS = (16, 14) if _AVX512 else (8, 6) if _AVX2 else (4, 6)
+LANES, ROWS = (16, 14) if "avx512f" in FEATURES else (8, 6) if "avx2" in FEATURES else (4, 6)
 COLUMNS = 2 * LANES
 """Columns of a product, as `ROWS` are its rows."""
-
-SCORE_FACTOR = -1.0 / math.log(2.0)
-"""z of a score."""
-WEIGHT_FACTOR = -math.log(2.0)
-"""SiLU of z / (1 + 2^z)."""
-
-_BIAS_FACTOR = np.float32(SCORE_FACTOR)
-_ONE = np.float32(1.0)
-_Z_MIN = np.float32(-126.0)  # 2^z below it is no normal number, and nothing beside 1.
-# Added to z it leaves round(z) + 127, the exponent field of 2^round(z), in the lowest bits. The
-# field ends at 254; a larger z overflows the polynomial and the weight is 0, as it should be.
-_ROUNDER = np.float32(1.5 * 2**23 + 127)
-_ROUNDED_MAX = np.float32(1.5 * 2**23 + 254)
-# Minimax for the relative error of 2^f on [-1/2, 1/2], which is 7.5e-8.
-_C0 = np.float32(1.0000000716550386)
-_C1 = np.float32(0.6931469670638859)
-_C2 = np.float32(0.2402211972207933)
-_C3 = np.float32(0.055507132740787696)
-_C4 = np.float32(0.009675541430052755)
-_C5 = np.float32(0.0013276472072678409)
-
 _INT, _FLAG = ir.IntType(64), ir.IntType(32)
 _VECTOR = ir.VectorType(ir.FloatType(), LANES)
 _FUSED = ("contract",)  # A product and a sum may be one instruction.
@@ -173,40 +147,3 @@ def _broadcast(builder: Any, number: Any) -> Any:
     nothing = _VECTOR(ir.Undefined)
     first = builder.insert_element(nothing, number, _FLAG(0))
     return builder.shuffle_vector(first, nothing, ir.VectorType(_FLAG, LANES)([0] * LANES))
-
-
-@compiled
-def silu(z: Any) -> Any:
-    """Works out z / (1 + 2^z): without branches, and NaN for NaN."""
-    clamped = z if z > _Z_MIN else _Z_MIN
-    rounded = np.float32(clamped + _ROUNDER)
-    rounded = np.float32(rounded if rounded < _ROUNDED_MAX else _ROUNDED_MAX)
-    f = clamped - (rounded - _ROUNDER)
-    power = np.int32(rounded.view(np.int32) << np.int32(23)).view(np.float32)
-    poly = _C0 + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * _C5))))
-    return z / (_ONE + poly * power)
-
-
-@compiled
-def silu_pass(scores: Any, first: int, number: int) -> None:
-    """Puts z / (1 + 2^z) in the place of each z.
-
-    Args:
-        scores: float32 [n], each times `SCORE_FACTOR`.
-        first: the first to be replaced.
-        number: how many are.
-    """
-    use_wide_vectors()
-    for j in range(number):
-        # Unsigned: a signed place would be looked at whether it counts from the end.
-        place = np.uintp(first + j)
-        scores[place] = silu(scores[place])
-
-
-@compiled
-def biased_silu_pass(scores: Any, first: int, number: int, bias: Any, first_bias: int) -> None:
-    """`silu_pass` with something added to each score: bias, float32, from `first_bias` on."""
-    use_wide_vectors()
-    for j in range(number):
-        place, added = np.uintp(first + j), bias[np.uintp(first_bias + j)]
-        scores[place] = silu(np.float32(scores[place] + added * _BIAS_FACTOR))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +24,12 @@ from model_executor.attention.cpu_fused import CpuFusedAttention
 from model_executor.attention.rule import AttentionRule, context_mask
 from model_executor.attention.silu_intervals import interval_of
 from model_executor.attention.silu_memory import Constants
-from model_executor.attention.silu_tile import (
-    COLUMNS,
+from model_executor.attention.silu_tile import COLUMNS
+from model_executor.attention.silu_vectors import (
     SCORE_FACTOR,
     WEIGHT_FACTOR,
     biased_silu_pass,
+    plain_silu_pass,
     silu_pass,
 )
 from model_executor.attention.torch_reference import TorchReferenceAttention
@@ -269,6 +273,15 @@ def test_lengths_of_many_tiles_of_the_usual_size() -> None:
     assert_close(case.attend(CpuFusedAttention(), rule), want)
 
 
+def test_kernel_for_processors_without_long_vectors() -> None:
+    """The same once more, compiled in a process of its own for what every processor has."""
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    test = f"{__file__}::{test_lengths_of_many_tiles_of_the_usual_size.__name__}"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_one_instance_serves_models_and_steps_of_any_size() -> None:
     backend = CpuFusedAttention()
     rule = AttentionRule("silu", scale=1.0, normaliser=NORMALISER, window=30, group_size=3)
@@ -395,7 +408,12 @@ def silu_in_float64(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return silu
 
 
-def test_silu_is_right_to_two_in_ten_million() -> None:
+# The pass of this processor, and that of those which have no instructions for powers of two.
+passes = pytest.mark.parametrize("silu_pass", [silu_pass, plain_silu_pass], ids=["own", "plain"])
+
+
+@passes
+def test_silu_is_right_to_two_in_ten_million(silu_pass: Callable[[Any, int, int], None]) -> None:
     x = np.linspace(-100.0, 100.0, 2_000_001, dtype=np.float32)
     got = x * np.float32(SCORE_FACTOR)
     silu_pass(got, 0, got.size)
@@ -403,12 +421,27 @@ def test_silu_is_right_to_two_in_ten_million() -> None:
     assert (error <= 2e-7 * np.maximum(1.0, np.abs(x))).all(), error.max()
 
 
-def test_silu_of_the_largest_numbers_and_of_none() -> None:
-    x = np.array([2e38, -2e38, 1e10, -1e10, 0.0, math.nan], dtype=np.float32)
+@passes
+@pytest.mark.parametrize("repeats", [1, 20])
+def test_silu_of_the_largest_numbers_and_of_none(
+    silu_pass: Callable[[Any, int, int], None], repeats: int
+) -> None:
+    x = np.array([2e38, -2e38, 1e10, -1e10, 0.0, math.nan, math.inf], dtype=np.float32)
+    x = np.repeat(x, repeats)
     got = x * np.float32(SCORE_FACTOR)
     silu_pass(got, 0, got.size)
     want = silu_in_float64(x)
     np.testing.assert_allclose(got * np.float32(WEIGHT_FACTOR), want, rtol=1e-6, atol=1e-6)
+
+
+@passes
+def test_silu_of_less_than_all_numbers_is_none(
+    silu_pass: Callable[[Any, int, int], None],
+) -> None:
+    """As z / (1 + 2^z) has it: no weight that looks right is made of a score that overflowed."""
+    got = np.full(40, math.inf, dtype=np.float32)
+    silu_pass(got, 0, got.size)
+    assert np.isnan(got).all()
 
 
 def test_pass_leaves_other_numbers_alone() -> None:
