@@ -106,13 +106,17 @@ def _portable(error: Exception) -> Exception:
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
+_Command = Request | WithdrawRequest | ForgetUser | Stop
+"""A message as the step loop carries it out."""
+
+
 class _CoreLoop:
     """Steps the engine between messages; sockets are read on a thread of their own."""
 
     def __init__(self, core: EngineCore, addresses: CoreAddresses) -> None:
         self._core = core
         self._context = zmq.Context()
-        self._inbox: queue.SimpleQueue[ToCore] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
         self._outbox.connect(addresses.from_core)
@@ -129,7 +133,9 @@ class _CoreLoop:
         decoder: FrameDecoder[ToCore] = FrameDecoder(ToCore)
         while True:
             frames = [frame.buffer for frame in inbox.recv_multipart(copy=False)]
-            self._inbox.put(decoder.decode(frames))
+            message = decoder.decode(frames)
+            # Unpacked here, beside the running step, and not between two steps.
+            self._inbox.put(message.request() if isinstance(message, AddRequest) else message)
 
     def run(self) -> None:
         """Runs until `Stop` comes."""
@@ -161,9 +167,9 @@ class _CoreLoop:
             return True
         return False
 
-    def _carry_out(self, message: ToCore) -> None:
-        if isinstance(message, AddRequest):
-            self._add(message.request())
+    def _carry_out(self, message: _Command) -> None:
+        if isinstance(message, Request):
+            self._add(message)
         elif isinstance(message, WithdrawRequest):
             request = self._requests.get(message.request_id)
             if request is not None:
