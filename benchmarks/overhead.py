@@ -32,6 +32,7 @@ sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
 
 import numpy as np
 import torch
+import uvloop
 from rich.progress import track
 
 from benchmarks.report import benchmark_parser, write_result
@@ -195,7 +196,7 @@ def figures_for(block_tokens: int, seeds: list[int], repeats: int) -> dict[str, 
     alone: list[float] = []
     whole: list[float] = []
     for seed in seeds:
-        of_core, of_all = asyncio.run(measure(seed, repeats, block_tokens))
+        of_core, of_all = uvloop.run(measure(seed, repeats, block_tokens))
         alone += of_core
         whole += of_all
     return {
