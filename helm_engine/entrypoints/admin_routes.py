@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import unquote_to_bytes
 
 from fastapi import APIRouter, Request
 from fastapi import Path as PathParameter
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.convertors import Convertor, register_url_convertor
 
+from helm_engine.exceptions import InvalidRequestError
 from helm_engine.protocol import MAX_USER_LENGTH, ErrorBody
 
 router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
+
+
+class _AnyText(Convertor[str]):
+    """A part of a path that may hold anything, slashes and line breaks too."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("any", _AnyText())
 
 
 class ReloadRequest(BaseModel):
@@ -52,11 +70,16 @@ async def reload(request: Request, body: ReloadRequest | None = None) -> Reloade
     return ReloadedModel(model=served.name, version=served.version)
 
 
-@router.post("/v1/users/{user:path}:forget")
+@router.post("/v1/users/{user:any}:forget")
 async def forget(
     request: Request,
     user: Annotated[str, PathParameter(min_length=1, max_length=MAX_USER_LENGTH)],
 ) -> ForgottenUser:
     """Drop a user's KV, also that which requests in flight are about to leave."""
+    try:
+        unquote_to_bytes(request.scope["raw_path"]).decode()
+    except UnicodeDecodeError as error:
+        # The server put replacement characters there: this would be somebody else.
+        raise InvalidRequestError("user: is not UTF-8", "user") from error
     number = await request.app.state.recommender.forget_user(user)
     return ForgottenUser(user=user, blocks_forgotten=number)

@@ -13,6 +13,7 @@ from helm_engine.async_recommender import AsyncRecommender
 from helm_engine.body_codec import (
     Encoding,
     encode_answer,
+    encoding_accepted,
     encoding_of,
     parse_body,
     select_fields,
@@ -81,7 +82,8 @@ class _Answering:
         several = isinstance(parsed, dict) and "requests" in parsed
         work = self.many(parsed, limits) if several else self.one(parsed, "")
         answer = await unless_client_leaves(self._request, work)
-        wanted = _encoding_of_answer(self._request, encoding)
+        accept = ",".join(self._request.headers.getlist("accept"))
+        wanted = encoding_accepted(accept, encoding)
         return Response(encode_answer(answer, wanted), media_type=wanted.value)
 
     async def one(self, raw: object, suffix: str) -> Recommendation | dict[str, Any]:
@@ -153,6 +155,12 @@ async def _body(request: Request) -> bytes:
 
 
 def _encoding_of_body(request: Request) -> Encoding:
+    compression = request.headers.get("content-encoding", "identity")
+    if compression.strip().lower() != "identity":
+        raise UnsupportedMediaTypeError(
+            f"Content-Encoding: {compression!r} is not read; send the body as it is",
+            "Content-Encoding",
+        )
     sent = request.headers.get("content-type", Encoding.JSON.value)
     encoding = encoding_of(sent)
     if encoding is None:
@@ -160,13 +168,4 @@ def _encoding_of_body(request: Request) -> Encoding:
             f"Content-Type: {sent!r} is not read; send application/json or application/msgpack",
             "Content-Type",
         )
-    return encoding
-
-
-def _encoding_of_answer(request: Request, encoding: Encoding) -> Encoding:
-    """The first one that the client accepts and we know; that of its body by default."""
-    for accepted in request.headers.get("accept", "").split(","):
-        wanted = encoding_of(accepted)
-        if wanted is not None:
-            return wanted
     return encoding
