@@ -11,10 +11,11 @@ from fastapi import Path as PathParameter
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.convertors import Convertor, register_url_convertor
 
+from helm_engine.entrypoints.openapi import error_responses
 from helm_engine.exceptions import InvalidRequestError
-from helm_engine.protocol import MAX_USER_LENGTH, ErrorBody
+from helm_engine.protocol import MAX_USER_LENGTH
 
-router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
+router = APIRouter(responses=error_responses(400, 401, 413, 500, 503))
 
 
 class _AnyText(Convertor[str]):
@@ -57,7 +58,7 @@ class ForgottenUser(BaseModel):
     """KV blocks that can no longer be found."""
 
 
-@router.post("/v1/admin/reload")
+@router.post("/v1/admin/reload", responses=error_responses(403, 409))
 async def reload(request: Request, body: ReloadRequest | None = None) -> ReloadedModel:
     """Warm a model beside the one served and put it in its place; needs the admin key.
 

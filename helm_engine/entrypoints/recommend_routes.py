@@ -19,6 +19,7 @@ from helm_engine.body_codec import (
     select_fields,
 )
 from helm_engine.config import RequestLimits
+from helm_engine.entrypoints.openapi import error_responses
 from helm_engine.entrypoints.tracing import Tracer
 from helm_engine.exceptions import (
     EngineUnavailableError,
@@ -55,7 +56,7 @@ def recommend_router(limits: RequestLimits) -> APIRouter:
         router.post(
             path,
             response_model=Recommendation | RecommendationList,
-            responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+            responses=error_responses(400, 401, 404, 413, 415, 429, 500, 503, 504),
             summary="Score candidates, or retrieve the best items of the catalogue",
             operation_id=path.strip("/").replace("/", "_"),
         )(recommend)
