@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
@@ -45,7 +46,7 @@ def recommend_router(limits: RequestLimits) -> APIRouter:
 
     async def recommend(request: Request) -> Response:
         state = request.app.state
-        with state.tracer.span(f"POST {request.url.path}", request.state.parent) as span:
+        with state.tracer.server_span(request.url.path, request.state.parent) as span:
             request.state.trace = span.ids or request.state.trace
             if state.is_draining:
                 raise EngineUnavailableError("the server is shutting down")
@@ -94,7 +95,7 @@ class _Answering:
         except HelmError as error:
             self._recommender.metrics.count_failure(error)
             raise
-        with self._tracer.span("recommend") as span:
+        with self._tracer.request_span() as span:
             answer = await self._recommender.recommend(body, f"rec-{self._request_id}{suffix}")
             span.describe(answer)
         return answer if body.fields is None else select_fields(answer, body.fields)
@@ -105,7 +106,7 @@ class _Answering:
             if name != "requests":
                 raise InvalidRequestError(f"{name}: unknown field beside requests", str(name))
         raw = parsed["requests"]
-        if not isinstance(raw, list) or not raw:
+        if not isinstance(raw, list | np.ndarray) or not len(raw):
             raise InvalidRequestError("requests: must be an array of requests", "requests")
         if len(raw) > limits.max_requests:
             raise RequestTooLargeError(

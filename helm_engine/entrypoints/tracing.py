@@ -73,21 +73,28 @@ class Tracer:
         """
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.resources import OTELResourceDetector, Resource
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             raise ValueError(
                 "otlp_traces_endpoint: needs the extra otel: pip install 'helm-engine[otel]'"
             ) from error
-        resource = Resource.create({"service.name": "helm-engine", "service.version": __version__})
+        ours = {"service.name": "helm-engine", "service.version": __version__}
+        # What the operator says in OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES comes first.
+        resource = Resource(ours).merge(OTELResourceDetector().detect())
         provider = TracerProvider(resource=resource)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         return cls(provider)
 
     @contextmanager
-    def span(self, name: str, remote_parent: TraceIds | None = None) -> Iterator[Span]:
-        """A span below the client's, or below the one that is open here."""
+    def server_span(self, path: str, remote_parent: TraceIds | None) -> Iterator[Span]:
+        """The span of one `POST`, below the client's.
+
+        Args:
+            path: of the URL.
+            remote_parent: the client's span, where it sent one.
+        """
         if self._tracer is None:
             yield Span()
             return
@@ -103,13 +110,38 @@ class Tracer:
             )
             below = trace.set_span_in_context(trace.NonRecordingSpan(context))
         with self._tracer.start_as_current_span(
-            name, context=below, kind=trace.SpanKind.SERVER, record_exception=False
+            f"POST {path}",
+            context=below,
+            kind=trace.SpanKind.SERVER,
+            attributes={"http.request.method": "POST", "http.route": path, "url.path": path},
+            record_exception=False,
+            set_status_on_exception=False,
         ) as span:
+            status = 500
+            try:
+                yield Span(span)
+                status = 200
+            except HelmError as error:
+                span.set_attribute("error.type", error.error_type)
+                status = error.status
+                raise
+            finally:
+                span.set_attribute("http.response.status_code", status)
+                # What a client did wrong is no failure of the server's.
+                if status >= 500:
+                    span.set_status(trace.StatusCode.ERROR)
+
+    @contextmanager
+    def request_span(self) -> Iterator[Span]:
+        """The span of one request for recommendations, below the one that is open."""
+        if self._tracer is None:
+            yield Span()
+            return
+        with self._tracer.start_as_current_span("recommend", record_exception=False) as span:
             try:
                 yield Span(span)
             except HelmError as error:
                 span.set_attribute("error.type", error.error_type)
-                span.set_attribute("http.response.status_code", error.status)
                 raise
 
     def close(self) -> None:
