@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,6 +15,10 @@ from helm_engine.version import __version__
 if TYPE_CHECKING:
     from opentelemetry import trace
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+_LAST_EXPORT_SECONDS = 2.0
+"""Time for spans that are not yet sent when the server ends."""
 
 
 class Span:
@@ -57,8 +62,11 @@ class Span:
 class Tracer:
     """Makes spans; without an exporter none."""
 
-    def __init__(self, provider: TracerProvider | None = None) -> None:
+    def __init__(
+        self, provider: TracerProvider | None = None, exporter: SpanExporter | None = None
+    ) -> None:
         self._provider = provider
+        self._exporter = exporter
         self._tracer = provider.get_tracer("helm_engine", __version__) if provider else None
 
     @classmethod
@@ -84,8 +92,9 @@ class Tracer:
         # What the operator says in OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES comes first.
         resource = Resource(ours).merge(OTELResourceDetector().detect())
         provider = TracerProvider(resource=resource)
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-        return cls(provider)
+        exporter = OTLPSpanExporter(endpoint=endpoint)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        return cls(provider, exporter)
 
     @contextmanager
     def server_span(self, path: str, remote_parent: TraceIds | None) -> Iterator[Span]:
@@ -145,6 +154,11 @@ class Tracer:
                 raise
 
     def close(self) -> None:
-        """Sends what has not been sent."""
-        if self._provider is not None:
-            self._provider.shutdown()
+        """Sends what has not been sent; a collector that is away is tried for a while only."""
+        if self._provider is None or self._exporter is None:
+            return
+        # The exporter would go on trying for ten seconds.
+        giving_up = threading.Timer(_LAST_EXPORT_SECONDS, self._exporter.shutdown)
+        giving_up.start()
+        self._provider.shutdown()
+        giving_up.cancel()
