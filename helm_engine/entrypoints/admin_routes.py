@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote_to_bytes
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.convertors import Convertor, register_url_convertor
 
 from helm_engine.entrypoints.openapi import error_responses
-from helm_engine.exceptions import InvalidRequestError
+from helm_engine.exceptions import EngineUnavailableError, InvalidRequestError
 from helm_engine.protocol import MAX_USER_LENGTH
 
 router = APIRouter(responses=error_responses(400, 401, 413, 500, 503))
@@ -65,9 +66,16 @@ async def reload(request: Request, body: ReloadRequest | None = None) -> Reloade
     Requests in flight end on the model that they began on. If the new one cannot be served, the
     answer is 409 and nothing changes.
     """
-    supervisor = request.app.state.recommender.supervisor
+    state = request.app.state
+    ending = EngineUnavailableError("the server is shutting down")
+    if state.is_draining:
+        raise ending
     wanted = None if body is None or body.model_dir is None else Path(body.model_dir)
-    served = await supervisor.reload(wanted)
+    try:
+        served = await state.recommender.supervisor.reload(wanted)
+    except asyncio.CancelledError:
+        # A server that ends does not wait for a model to load.
+        raise ending from None
     return ReloadedModel(model=served.name, version=served.version)
 
 

@@ -106,13 +106,15 @@ def test_clients_that_hang_up_leave_nothing_behind(server: RunningServer) -> Non
 
 
 def test_a_server_that_drains_answers_what_runs_and_refuses_the_rest() -> None:
-    with running_server(BUNDLED_MODEL, *FLAGS) as server:
+    with running_server(BUNDLED_MODEL, *FLAGS, "--admin-key", "root") as server:
+        admin = {"Authorization": "Bearer root"}
         with in_flight(server) as answers:
             server.process.terminate()
             until = time.monotonic() + WAIT_SECONDS
             while server.get("/health").status_code == 200:
                 assert time.monotonic() < until, "a server that drains says that it is healthy"
-            for refused in (server.get("/health"), server.get("/ping"), server.post(QUICK)):
+            reload = httpx.post(server.address + "/v1/admin/reload", headers=admin)
+            for refused in (server.get("/health"), server.get("/ping"), server.post(QUICK), reload):
                 assert refused.status_code == 503
                 assert int(refused.headers["retry-after"]) >= 1
                 assert refused.json()["error"]["type"] == "service_unavailable_error"

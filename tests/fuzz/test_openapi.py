@@ -109,8 +109,7 @@ def known_items(events: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("path", ["/v1/recommend", "/recommend"])
-@given(data=st.data())
+@given(data=st.data(), path=st.sampled_from(["/v1/recommend", "/recommend"]))
 def test_requests_are_answered_as_described(
     server: RunningServer,
     description: schemathesis.BaseSchema,
