@@ -14,7 +14,7 @@ MODEL := examples/models/hstu-ml-100k
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-.PHONY: help setup serve test lint types format train-example gpu-check clean
+.PHONY: help setup serve test fuzz lint types format train-example gpu-check clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,9 @@ serve: setup  ## Serve the example model and print a request to paste
 
 test: setup lint types  ## Run the linter, the type checker and all tests
 	.venv/bin/python -m pytest
+
+fuzz: setup  ## Throw thousands of odd requests at a server
+	.venv/bin/python -m pytest tests/fuzz --hypothesis-profile=thorough
 
 lint: setup  ## Check style and formatting
 	.venv/bin/ruff check .

@@ -83,6 +83,7 @@ setup(
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",
+            "schemathesis>=4.0",
             "httpx>=0.27",
             "anyio>=4.4",
             "msgspec>=0.19",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
@@ -34,11 +35,36 @@ _MEDIA_TYPES = {
     "application/x-msgpack": Encoding.MSGPACK,
     "application/vnd.msgpack": Encoding.MSGPACK,
 }
+_ANYTHING = ("*/*", "application/*")
+_WEIGHT = re.compile(r"(?:^|;)\s*[qQ]=([01](?:\.[0-9]{0,3})?)\s*(?:;|$)")
 
 
 def encoding_of(media_type: str) -> Encoding | None:
     """The encoding that a header names, with or without parameters; None = one we do not know."""
     return _MEDIA_TYPES.get(media_type.partition(";")[0].strip().lower())
+
+
+def encoding_accepted(accept: str, sent: Encoding) -> Encoding:
+    """The encoding of an answer: what the `Accept` header likes best of those we know.
+
+    Args:
+        accept: the header; of equals the first is taken.
+        sent: encoding of the request's body; taken where the header does not decide.
+    """
+    best, best_quality = sent, 0.0
+    for one in accept.split(","):
+        media_type, _, parameters = one.partition(";")
+        wanted = sent if media_type.strip() in _ANYTHING else encoding_of(media_type)
+        quality = _quality(parameters)
+        if wanted is not None and quality > best_quality:
+            best, best_quality = wanted, quality
+    return best
+
+
+def _quality(parameters: str) -> float:
+    """The weight `q` among a media type's parameters, 0..1; one that is malformed counts as 1."""
+    found = _WEIGHT.search(parameters)
+    return 1.0 if found is None else float(found[1])
 
 
 def parse_body(raw: bytes, encoding: Encoding) -> Any:

@@ -14,6 +14,8 @@ from pydantic_core import PydanticCustomError
 
 MAX_INTEGER = 2**53 - 1
 """What JSON carries exactly everywhere; sums and differences of such numbers fit an int64."""
+_MAX_KEYS = 256
+"""simdjson looks a key up by going through them all: larger objects would take time squared."""
 
 
 def to_int_array(value: object) -> npt.NDArray[np.int64]:
@@ -79,7 +81,12 @@ IntArray = Annotated[
     npt.NDArray[np.int64],
     PlainValidator(to_int_array),
     PlainSerializer(lambda array: array.tolist(), when_used="json"),
-    WithJsonSchema({"type": "array", "items": {"type": "integer"}}),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {"type": "integer", "minimum": -MAX_INTEGER, "maximum": MAX_INTEGER},
+        }
+    ),
 ]
 """A pydantic field that takes lists, tuples and arrays of integers."""
 
@@ -90,8 +97,8 @@ def parse_json(raw: bytes) -> Any:
     Raises:
         ValueError: it is not JSON, or is nested too deeply.
     """
-    # What simdjson cannot do (integers beyond 64 bits, odd keys, no JSON at all) the standard
-    # library can, or says better what is wrong.
+    # What simdjson cannot do (integers beyond 64 bits, odd or many keys, no JSON at all) the
+    # standard library can, or says better what is wrong.
     with contextlib.suppress(RuntimeError, ValueError, KeyError):
         parsed = simdjson.Parser().parse(raw)
         if isinstance(parsed, simdjson.Object):
@@ -117,6 +124,8 @@ class _Reader:
 
     def read(self, value: Any) -> Any:
         if isinstance(value, simdjson.Object):
+            if len(value) > _MAX_KEYS:
+                raise ValueError("more keys than simdjson finds quickly")
             keys = list(value.keys())
             self.is_exact &= len(set(keys)) == len(keys) and "\0" not in "".join(keys)
             # By key: `items` would make a Python list of every array.

@@ -7,13 +7,28 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from helm_engine.exceptions import HelmError, InvalidRequestError
 from helm_engine.int_array import MAX_INTEGER, IntArray, from_buffer
 
 MAX_USER_LENGTH = 512
 """Characters of a user's id."""
+MAX_MEMBERS = 256
+"""Members of an object: more are refused before each is looked at, and gets an error of its own."""
+MAX_FIELDS = 64
+"""Paths in `fields`."""
+MAX_ERROR_CHARACTERS = 1000
+"""Of a message: errors quote what was sent, which may be as long as a body."""
 
 Seconds = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
 
@@ -29,7 +44,9 @@ def _as_array(value: object) -> object:
     raise ValueError("must be an array")
 
 
-ParallelArray = Annotated[Any, BeforeValidator(_as_array)]
+ParallelArray = Annotated[
+    Any, BeforeValidator(_as_array), WithJsonSchema({"type": "array", "items": {}})
+]
 """Of whatever type; the model that reads it says which."""
 
 
@@ -41,10 +58,24 @@ def _known_answer_field(path: str) -> str:
 
 AnswerField = Annotated[str, AfterValidator(_known_answer_field)]
 """A part of the answer by its path: `usage`, `data.item_id`, `usage.timings_ms.queue`."""
+AnswerFields = Annotated[
+    list[AnswerField], Field(min_length=1, max_length=MAX_FIELDS, fail_fast=True)
+]
+
+
+ContextualId = Annotated[Any, WithJsonSchema({"type": "integer", "minimum": 0})]
+"""Checked by the model that reads it."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_many_members(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_MEMBERS:
+            raise ValueError(f"holds {len(value)} members, the limit is {MAX_MEMBERS}")
+        return value
 
 
 class _Events(_Strict):
@@ -99,7 +130,7 @@ class RecommendRequest(_Strict):
     candidates: Candidates | None = Field(
         default=None, description="Absent = the best items of the whole catalogue are retrieved."
     )
-    context: dict[str, Any] | None = Field(
+    context: dict[str, ContextualId] | None = Field(
         default=None, description="Contextual features, for models that take any."
     )
     request_time: Seconds | None = Field(
@@ -120,7 +151,7 @@ class RecommendRequest(_Strict):
     priority: int = Field(
         default=0, ge=-MAX_INTEGER, le=MAX_INTEGER, description="Lower runs first."
     )
-    fields: Annotated[list[AnswerField], Field(min_length=1)] | None = Field(
+    fields: AnswerFields | None = Field(
         default=None,
         description="Parts of the answer to send, such as `data.item_id`; absent = all of it.",
     )
@@ -236,7 +267,9 @@ def error_body(error: HelmError) -> ErrorBody:
 
 
 def _printable(text: str) -> str:
-    """Half a surrogate pair, which JSON can carry and UTF-8 cannot, as its escape."""
+    """Shortened; half a surrogate pair, which JSON can carry and UTF-8 cannot, as its escape."""
+    if len(text) > MAX_ERROR_CHARACTERS:
+        text = text[: MAX_ERROR_CHARACTERS - 1] + "…"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -251,11 +284,11 @@ def field_path(location: Sequence[int | str]) -> str:
 def invalid_request(errors: Sequence[Any]) -> InvalidRequestError:
     """The first of pydantic's errors as an error for the client."""
     first = errors[0]
-    path = field_path([part for part in first["loc"] if part != "body"]) or "body"
+    path = field_path(first["loc"]) or "body"
     index = first.get("ctx", {}).get("index")
     if index is not None:
         path += f"[{index}]"
-    message = first["msg"]
+    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         path, message = "body", f"is not JSON: {first.get('ctx', {}).get('error', message)}"
     elif first["type"] == "missing" and path == "body":

@@ -12,6 +12,7 @@ from helm_engine.scheduler import Scheduler
 
 # No test asserts a time: on a busy machine one slow example would be a false alarm.
 settings.register_profile("suite", deadline=None, print_blob=True)
+settings.register_profile("thorough", parent=settings.get_profile("suite"), max_examples=2000)
 settings.load_profile("suite")
 
 

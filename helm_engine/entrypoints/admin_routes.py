@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import unquote_to_bytes
 
 from fastapi import APIRouter, Request
 from fastapi import Path as PathParameter
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.convertors import Convertor, register_url_convertor
 
-from helm_engine.protocol import MAX_USER_LENGTH, ErrorBody
+from helm_engine.entrypoints.openapi import error_responses
+from helm_engine.exceptions import EngineUnavailableError, InvalidRequestError
+from helm_engine.protocol import MAX_USER_LENGTH
 
-router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
+router = APIRouter(responses=error_responses(400, 401, 413, 500, 503))
+
+
+class _AnyText(Convertor[str]):
+    """A part of a path that may hold anything, slashes and line breaks too."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("any", _AnyText())
 
 
 class ReloadRequest(BaseModel):
@@ -39,24 +59,36 @@ class ForgottenUser(BaseModel):
     """KV blocks that can no longer be found."""
 
 
-@router.post("/v1/admin/reload")
+@router.post("/v1/admin/reload", responses=error_responses(403, 409))
 async def reload(request: Request, body: ReloadRequest | None = None) -> ReloadedModel:
     """Warm a model beside the one served and put it in its place; needs the admin key.
 
     Requests in flight end on the model that they began on. If the new one cannot be served, the
     answer is 409 and nothing changes.
     """
-    supervisor = request.app.state.recommender.supervisor
+    state = request.app.state
+    ending = EngineUnavailableError("the server is shutting down")
+    if state.is_draining:
+        raise ending
     wanted = None if body is None or body.model_dir is None else Path(body.model_dir)
-    served = await supervisor.reload(wanted)
+    try:
+        served = await state.recommender.supervisor.reload(wanted)
+    except asyncio.CancelledError:
+        # A server that ends does not wait for a model to load.
+        raise ending from None
     return ReloadedModel(model=served.name, version=served.version)
 
 
-@router.post("/v1/users/{user:path}:forget")
+@router.post("/v1/users/{user:any}:forget")
 async def forget(
     request: Request,
     user: Annotated[str, PathParameter(min_length=1, max_length=MAX_USER_LENGTH)],
 ) -> ForgottenUser:
     """Drop a user's KV, also that which requests in flight are about to leave."""
+    try:
+        unquote_to_bytes(request.scope["raw_path"]).decode()
+    except UnicodeDecodeError as error:
+        # The server put replacement characters there: this would be somebody else.
+        raise InvalidRequestError("user: is not UTF-8", "user") from error
     number = await request.app.state.recommender.forget_user(user)
     return ForgottenUser(user=user, blocks_forgotten=number)

@@ -24,7 +24,7 @@ def read_key_file(path: Path) -> list[str]:
         ValueError: the file cannot be read, or holds no key.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     keys = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]

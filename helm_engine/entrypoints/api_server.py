@@ -27,7 +27,7 @@ from helm_engine.entrypoints.openapi import describe
 from helm_engine.entrypoints.recommend_routes import recommend_router
 from helm_engine.entrypoints.request_ids import RequestIds
 from helm_engine.entrypoints.tracing import Tracer
-from helm_engine.exceptions import ReloadError
+from helm_engine.exceptions import HelmError
 from helm_engine.served_model import ServedModel
 from helm_engine.version import __version__
 
@@ -81,7 +81,7 @@ class ApiFront:
         self.app.include_router(recommend_router(config.limits))
         self.app.include_router(status_routes.router)
         self.app.include_router(admin_routes.router)
-        self.app.openapi = lambda: describe(self.app)  # type: ignore[method-assign]
+        self.app.openapi = lambda: describe(self.app, config.limits)  # type: ignore[method-assign]
 
     async def start(self) -> None:
         """Starts the engine and says so; raises what `EngineSupervisor.start` raises."""
@@ -112,7 +112,7 @@ class ApiFront:
     async def _reload(self) -> None:
         try:
             served = await self._supervisor.reload(None)
-        except ReloadError as error:
+        except HelmError as error:
             logger.error("%s", error)
         else:
             logger.info("reloaded %s, version %s", served.name, served.version)

@@ -15,14 +15,25 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Counts the bytes that the application reads."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # A body that says itself that it is too large is not waited for.
+        is_announced = _announced_bytes(scope) > self._max_bytes
         received = 0
 
         async def counted() -> Message:
             nonlocal received
-            message = await receive()
+            message: Message = {} if is_announced else await receive()
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
+            if is_announced or received > self._max_bytes:
                 raise HTTPException(413, f"has more than {self._max_bytes} bytes, the limit")
             return message
 
-        await self._app(scope, counted if scope["type"] == "http" else receive, send)
+        await self._app(scope, counted, send)
+
+
+def _announced_bytes(scope: Scope) -> int:
+    """Of `Content-Length`; 0 where the body comes in chunks."""
+    announced = dict(scope["headers"]).get(b"content-length", b"")
+    return int(announced) if announced.isdigit() else 0

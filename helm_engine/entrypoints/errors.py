@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from helm_engine.entrypoints.request_ids import answer_headers
 from helm_engine.exceptions import (
     AuthenticationError,
     EngineUnavailableError,
@@ -43,7 +44,9 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(invalid_request(error.errors()))
+        # FastAPI's locations begin with where a field stands: body, path, query.
+        first = error.errors()[0]
+        return error_response(invalid_request([{**first, "loc": first["loc"][1:]}]))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(_: Request, error: HTTPException) -> JSONResponse:
@@ -62,6 +65,10 @@ def install_error_handlers(app: FastAPI) -> None:
         )
 
     @app.exception_handler(Exception)
-    async def on_unexpected_error(_: Request, error: Exception) -> JSONResponse:
-        logger.error("a request failed unexpectedly", exc_info=error)
-        return error_response(HelmError("internal error"))
+    async def on_unexpected_error(request: Request, error: Exception) -> JSONResponse:
+        ids = answer_headers(request.scope["state"])
+        # This answer goes past the middleware that adds them to all others.
+        logger.error("request %s failed unexpectedly", ids["X-Request-Id"], exc_info=error)
+        answer = error_response(HelmError("internal error"))
+        answer.headers.update(ids)
+        return answer

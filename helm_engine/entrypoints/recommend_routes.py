@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
@@ -13,11 +14,13 @@ from helm_engine.async_recommender import AsyncRecommender
 from helm_engine.body_codec import (
     Encoding,
     encode_answer,
+    encoding_accepted,
     encoding_of,
     parse_body,
     select_fields,
 )
 from helm_engine.config import RequestLimits
+from helm_engine.entrypoints.openapi import error_responses
 from helm_engine.entrypoints.tracing import Tracer
 from helm_engine.exceptions import (
     EngineUnavailableError,
@@ -43,7 +46,7 @@ def recommend_router(limits: RequestLimits) -> APIRouter:
 
     async def recommend(request: Request) -> Response:
         state = request.app.state
-        with state.tracer.span(f"POST {request.url.path}", request.state.parent) as span:
+        with state.tracer.server_span(request.url.path, request.state.parent) as span:
             request.state.trace = span.ids or request.state.trace
             if state.is_draining:
                 raise EngineUnavailableError("the server is shutting down")
@@ -54,7 +57,7 @@ def recommend_router(limits: RequestLimits) -> APIRouter:
         router.post(
             path,
             response_model=Recommendation | RecommendationList,
-            responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+            responses=error_responses(400, 401, 404, 413, 415, 429, 500, 503, 504),
             summary="Score candidates, or retrieve the best items of the catalogue",
             operation_id=path.strip("/").replace("/", "_"),
         )(recommend)
@@ -81,7 +84,8 @@ class _Answering:
         several = isinstance(parsed, dict) and "requests" in parsed
         work = self.many(parsed, limits) if several else self.one(parsed, "")
         answer = await unless_client_leaves(self._request, work)
-        wanted = _encoding_of_answer(self._request, encoding)
+        accept = ",".join(self._request.headers.getlist("accept"))
+        wanted = encoding_accepted(accept, encoding)
         return Response(encode_answer(answer, wanted), media_type=wanted.value)
 
     async def one(self, raw: object, suffix: str) -> Recommendation | dict[str, Any]:
@@ -91,7 +95,7 @@ class _Answering:
         except HelmError as error:
             self._recommender.metrics.count_failure(error)
             raise
-        with self._tracer.span("recommend") as span:
+        with self._tracer.request_span() as span:
             answer = await self._recommender.recommend(body, f"rec-{self._request_id}{suffix}")
             span.describe(answer)
         return answer if body.fields is None else select_fields(answer, body.fields)
@@ -102,7 +106,7 @@ class _Answering:
             if name != "requests":
                 raise InvalidRequestError(f"{name}: unknown field beside requests", str(name))
         raw = parsed["requests"]
-        if not isinstance(raw, list) or not raw:
+        if not isinstance(raw, list | np.ndarray) or not len(raw):
             raise InvalidRequestError("requests: must be an array of requests", "requests")
         if len(raw) > limits.max_requests:
             raise RequestTooLargeError(
@@ -153,6 +157,12 @@ async def _body(request: Request) -> bytes:
 
 
 def _encoding_of_body(request: Request) -> Encoding:
+    compression = request.headers.get("content-encoding", "identity")
+    if compression.strip().lower() != "identity":
+        raise UnsupportedMediaTypeError(
+            f"Content-Encoding: {compression!r} is not read; send the body as it is",
+            "Content-Encoding",
+        )
     sent = request.headers.get("content-type", Encoding.JSON.value)
     encoding = encoding_of(sent)
     if encoding is None:
@@ -160,13 +170,4 @@ def _encoding_of_body(request: Request) -> Encoding:
             f"Content-Type: {sent!r} is not read; send application/json or application/msgpack",
             "Content-Type",
         )
-    return encoding
-
-
-def _encoding_of_answer(request: Request, encoding: Encoding) -> Encoding:
-    """The first one that the client accepts and we know; that of its body by default."""
-    for accepted in request.headers.get("accept", "").split(","):
-        wanted = encoding_of(accepted)
-        if wanted is not None:
-            return wanted
     return encoding

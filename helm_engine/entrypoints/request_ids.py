@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import secrets
 import uuid
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_REQUEST_ID = 128
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]+")
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
 
 class TraceIds(NamedTuple):
@@ -29,9 +30,12 @@ class TraceIds(NamedTuple):
     def parse(cls, header: str | None) -> TraceIds | None:
         """Of a `traceparent` header; None where it is missing or wrong."""
         found = _TRACEPARENT.fullmatch((header or "").strip())
-        if found is None or header is None or header.startswith("ff"):
+        if found is None:
             return None
-        trace_id, span_id, flags = found[1], found[2], found[3]
+        version, trace_id, span_id, flags, more = found.groups()
+        # Later versions may say more; the present one says exactly this much.
+        if version == "ff" or (version == "00" and more):
+            return None
         if not int(trace_id, 16) or not int(span_id, 16):
             return None
         return cls(trace_id, span_id, flags)
@@ -46,6 +50,11 @@ def request_id_of(header: str | None) -> str:
     if header and len(header) <= MAX_REQUEST_ID and _REQUEST_ID.fullmatch(header):
         return header
     return uuid.uuid4().hex
+
+
+def answer_headers(state: Mapping[str, Any]) -> dict[str, str]:
+    """The ids that are sent back, out of the state of a request that `RequestIds` has seen."""
+    return {"X-Request-Id": state["request_id"], "traceresponse": state["trace"].header()}
 
 
 class RequestIds:
@@ -75,9 +84,7 @@ class RequestIds:
 
         async def with_ids(message: Message) -> None:
             if message["type"] == "http.response.start":
-                answered = MutableHeaders(scope=message)
-                answered["X-Request-Id"] = request_id
-                answered["traceresponse"] = scope["state"]["trace"].header()
+                MutableHeaders(scope=message).update(answer_headers(scope["state"]))
             await send(message)
 
         await self._app(scope, receive, with_ids)

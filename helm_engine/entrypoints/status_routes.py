@@ -3,24 +3,55 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from helm_engine.entrypoints.openapi import error_responses
 from helm_engine.exceptions import EngineUnavailableError
-from helm_engine.protocol import ErrorBody
 from helm_engine.served_model import ServedModel
 from helm_engine.version import __version__
 
-router = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
+router = APIRouter(responses=error_responses(500))
+_NEEDS_ENGINE = error_responses(401, 503)
 _STARTED = int(time.time())
 
 
-@router.get("/health", response_class=Response, responses={503: {"model": ErrorBody}})
-@router.get("/ping", response_class=Response, responses={503: {"model": ErrorBody}})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """A model in `GET /v1/models`."""
+
+    id: str
+    """What requests may name as `model`."""
+    object: Literal["model"] = "model"
+    created: int
+    """Seconds since 1970 at which the server started."""
+    owned_by: Literal["helm-engine"] = "helm-engine"
+    root: str
+    """Name of the directory."""
+    parent: None = None
+    max_model_len: int
+    """Events that the model reads at most."""
+    version: str
+    """Digest of weights and tables."""
+    dialect: str
+    capabilities: dict[str, Any]
+    """What may be reused, chunked and split, each with its reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelList:
+    """Answer of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+@router.get("/health", response_class=Response, responses=error_responses(503))
+@router.get("/ping", response_class=Response, responses=error_responses(503))
 async def health(request: Request) -> Response:
     """200 with an empty body while requests can be answered."""
     state = request.app.state
@@ -45,13 +76,13 @@ async def load(request: Request) -> dict[str, int]:
     return {"server_load": sum(client.num_in_flight for client in clients)}
 
 
-@router.get("/v1/models")
-async def models(request: Request) -> dict[str, Any]:
+@router.get("/v1/models", responses=_NEEDS_ENGINE)
+async def models(request: Request) -> ModelList:
     """The model served, in OpenAI's form, with its capabilities."""
-    return {"object": "list", "data": [_model_card(_served(request))]}
+    return ModelList(data=[_model_card(_served(request))])
 
 
-@router.get("/info")
+@router.get("/info", responses=_NEEDS_ENGINE)
 async def info(request: Request) -> dict[str, Any]:
     """Resolved configuration and limits."""
     served = _served(request)
@@ -82,16 +113,13 @@ def _served(request: Request) -> ServedModel:
     return served
 
 
-def _model_card(served: ServedModel) -> dict[str, Any]:
-    return {
-        "id": served.name,
-        "object": "model",
-        "created": _STARTED,
-        "owned_by": "helm-engine",
-        "root": served.config.model_dir.resolve().name,
-        "parent": None,
-        "max_model_len": served.model_config.max_sequence_len,
-        "version": served.version,
-        "dialect": served.model_config.dialect,
-        "capabilities": served.capabilities.describe(),
-    }
+def _model_card(served: ServedModel) -> ModelCard:
+    return ModelCard(
+        id=served.name,
+        created=_STARTED,
+        root=served.config.model_dir.resolve().name,
+        max_model_len=served.model_config.max_sequence_len,
+        version=served.version,
+        dialect=served.model_config.dialect,
+        capabilities=served.capabilities.describe(),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,6 +15,10 @@ from helm_engine.version import __version__
 if TYPE_CHECKING:
     from opentelemetry import trace
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+_LAST_EXPORT_SECONDS = 2.0
+"""Time for spans that are not yet sent when the server ends."""
 
 
 class Span:
@@ -57,8 +62,11 @@ class Span:
 class Tracer:
     """Makes spans; without an exporter none."""
 
-    def __init__(self, provider: TracerProvider | None = None) -> None:
+    def __init__(
+        self, provider: TracerProvider | None = None, exporter: SpanExporter | None = None
+    ) -> None:
         self._provider = provider
+        self._exporter = exporter
         self._tracer = provider.get_tracer("helm_engine", __version__) if provider else None
 
     @classmethod
@@ -73,21 +81,29 @@ class Tracer:
         """
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.resources import OTELResourceDetector, Resource
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             raise ValueError(
                 "otlp_traces_endpoint: needs the extra otel: pip install 'helm-engine[otel]'"
             ) from error
-        resource = Resource.create({"service.name": "helm-engine", "service.version": __version__})
+        ours = {"service.name": "helm-engine", "service.version": __version__}
+        # What the operator says in OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES comes first.
+        resource = Resource(ours).merge(OTELResourceDetector().detect())
         provider = TracerProvider(resource=resource)
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-        return cls(provider)
+        exporter = OTLPSpanExporter(endpoint=endpoint)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        return cls(provider, exporter)
 
     @contextmanager
-    def span(self, name: str, remote_parent: TraceIds | None = None) -> Iterator[Span]:
-        """A span below the client's, or below the one that is open here."""
+    def server_span(self, path: str, remote_parent: TraceIds | None) -> Iterator[Span]:
+        """The span of one `POST`, below the client's.
+
+        Args:
+            path: of the URL.
+            remote_parent: the client's span, where it sent one.
+        """
         if self._tracer is None:
             yield Span()
             return
@@ -103,16 +119,46 @@ class Tracer:
             )
             below = trace.set_span_in_context(trace.NonRecordingSpan(context))
         with self._tracer.start_as_current_span(
-            name, context=below, kind=trace.SpanKind.SERVER, record_exception=False
+            f"POST {path}",
+            context=below,
+            kind=trace.SpanKind.SERVER,
+            attributes={"http.request.method": "POST", "http.route": path, "url.path": path},
+            record_exception=False,
+            set_status_on_exception=False,
         ) as span:
+            status = 500
+            try:
+                yield Span(span)
+                status = 200
+            except HelmError as error:
+                span.set_attribute("error.type", error.error_type)
+                status = error.status
+                raise
+            finally:
+                span.set_attribute("http.response.status_code", status)
+                # What a client did wrong is no failure of the server's.
+                if status >= 500:
+                    span.set_status(trace.StatusCode.ERROR)
+
+    @contextmanager
+    def request_span(self) -> Iterator[Span]:
+        """The span of one request for recommendations, below the one that is open."""
+        if self._tracer is None:
+            yield Span()
+            return
+        with self._tracer.start_as_current_span("recommend", record_exception=False) as span:
             try:
                 yield Span(span)
             except HelmError as error:
                 span.set_attribute("error.type", error.error_type)
-                span.set_attribute("http.response.status_code", error.status)
                 raise
 
     def close(self) -> None:
-        """Sends what has not been sent."""
-        if self._provider is not None:
-            self._provider.shutdown()
+        """Sends what has not been sent; a collector that is away is tried for a while only."""
+        if self._provider is None or self._exporter is None:
+            return
+        # The exporter would go on trying for ten seconds.
+        giving_up = threading.Timer(_LAST_EXPORT_SECONDS, self._exporter.shutdown)
+        giving_up.start()
+        self._provider.shutdown()
+        giving_up.cancel()

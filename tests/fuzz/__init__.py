@@ -1,0 +1,1 @@
+"""Requests that nobody would think of, against the parser and against a real server."""
