@@ -74,7 +74,7 @@ setup(
     extras_require={
         "otel": ["opentelemetry-sdk>=1.25", "opentelemetry-exporter-otlp-proto-http>=1.25"],
         "client": ["httpx>=0.27", "anyio>=4.4", "msgspec>=0.19"],
-        "bench": ["mlcommons-loadgen>=5.0"],
+        "bench": ["mlcommons-loadgen>=5.0", "aiohttp>=3.10", "msgspec>=0.19"],
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",
