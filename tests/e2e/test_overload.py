@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.e2e.running_server import REPOSITORY
+from tests.e2e.running_server import BUNDLED_MODEL, REPOSITORY, running_server
 
 
 def test_a_storm_is_refused_and_leaves_a_server_that_answers(tmp_path: Path) -> None:
@@ -30,3 +30,16 @@ def test_a_storm_is_refused_and_leaves_a_server_that_answers(tmp_path: Path) -> 
         storm = one["overload"]
         assert storm["statuses"].keys() <= {"200", "429", "504"}
         assert storm["statuses"]["429"] > 0
+
+
+def test_requests_of_one_body_beyond_the_limit_are_refused_each_on_its_own() -> None:
+    flags = ("--max-num-seqs", "1", "--max-num-waiting", "2")
+    one = {"history": {"item_ids": [50, 172], "timestamps": [100, 160]}}
+    with running_server(BUNDLED_MODEL, *flags) as server:
+        for _ in range(2):  # The first body gave back all that it held.
+            answer = server.post({"requests": [one] * 5})
+            assert answer.status_code == 200
+            data = answer.json()["data"]
+            assert [item.get("error", {}).get("code") for item in data] == [None] * 3 + [429] * 2
+        assert server.post(one).status_code == 200
+        assert server.stop() == 0
