@@ -7,7 +7,12 @@ import uuid
 
 from helm_engine.clock import SystemClock
 from helm_engine.engine_supervisor import EngineSupervisor
-from helm_engine.exceptions import EngineUnavailableError, HelmError, RequestAbortedError
+from helm_engine.exceptions import (
+    DeadlineExceededError,
+    EngineUnavailableError,
+    HelmError,
+    RequestAbortedError,
+)
 from helm_engine.metrics import EngineMetrics
 from helm_engine.output_processor import build_recommendation
 from helm_engine.protocol import Recommendation, RecommendRequest
@@ -39,6 +44,8 @@ class AsyncRecommender:
             engine = self.supervisor.engine
             prepared = engine.processor.process(body, request_id, arrived)
             await engine.client.submit(prepared.request)
+            if self._clock.now() > prepared.request.deadline:
+                raise DeadlineExceededError("the deadline passed before the answer was sent")
             answer = build_recommendation(prepared, engine.served.name, answer_id or request_id)
         except asyncio.CancelledError:
             self.metrics.count_failure(RequestAbortedError("the request was withdrawn"))

@@ -24,7 +24,8 @@ class SchedulerConfig:
     max_num_seqs: int = 64
     """Requests that run at once."""
     max_num_waiting: int = 1024
-    """Requests that may wait beyond those that run; further ones are refused (429)."""
+    """Requests that may wait beyond those that run; further ones are refused (429). More than can
+    be answered within a deadline only make answers late."""
     patience_ms: float = 1000.0
     """A request without a deadline is due this long after it came, so that those with deadlines
     cannot starve it; it never expires."""

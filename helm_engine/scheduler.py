@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, takewhile
 from math import inf
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from helm_engine.config import SchedulerConfig
 from helm_engine.exceptions import DeadlineExceededError, HelmError, QueueFullError
 from helm_engine.request import Request, RequestStatus
 from helm_engine.request_queue import QueueKey, RequestQueue
+from helm_engine.step_times import StepTimes
 from model_executor.capabilities import StepRules
 from model_executor.step import (
     CandidateScoring,
@@ -36,6 +37,8 @@ from model_executor.step import (
     ScheduledRequest,
     SchedulerOutput,
 )
+
+_TOO_NEAR = "the deadline is too near for the request to be finished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ class Scheduler:
         self._running = RequestQueue()
         self._deadlines = RequestQueue()
         self._arrivals = count()
+        self._step_times = StepTimes()
         self._failed: list[Request] = []
 
     @property
@@ -189,12 +193,22 @@ class Scheduler:
         if not shares:
             return None
         self.stats.steps += 1
+        self._step_times.begin(now)
         return self._build_step(shares)
 
     def _expire(self, now: float) -> None:
+        """Ends what is late, and what waits and would be late even if it ran in the next step."""
         late = DeadlineExceededError("the deadline passed before the request was finished")
         while (head := self._deadlines.first) is not None and head[1].deadline < now:
             self.fail(head[1], late)
+        step_ends = now + self._step_times.expected
+        due = takewhile(lambda entry: entry[1].deadline < step_ends, self._deadlines)
+        hopeless = [request for _, request in due if request.status is RequestStatus.WAITING]
+        # Where nothing else would run one is tried, so that an estimate that is out of date ends.
+        if hopeless and not self._running and len(hopeless) == len(self._waiting):
+            hopeless.pop()
+        for request in hopeless:
+            self.fail(request, DeadlineExceededError(_TOO_NEAR))
 
     def _share_budget(self, now: float) -> list[_Share]:
         """Gives the budget to running and waiting requests, earliest deadline first.
@@ -217,10 +231,21 @@ class Scheduler:
             else:
                 break
             share = self._share_of(request, budget)
-            if share is not None:
+            if share is not None and shares and self._is_in_vain(share, now):
+                self.fail(request, DeadlineExceededError(_TOO_NEAR))
+            elif share is not None:
                 shares.append(share)
                 budget -= share.num_rows + share.num_candidates
         return shares
+
+    def _is_in_vain(self, share: _Share, now: float) -> bool:
+        """Whether a request that this step does not finish would be late after the next."""
+        request = share.request
+        reaches_end = share.start + share.num_rows == request.num_tokens
+        is_last = (
+            reaches_end and request.num_scored + share.num_candidates == request.num_candidates
+        )
+        return not is_last and request.deadline < now + 2 * self._step_times.expected
 
     def _admit(self, key: QueueKey, request: Request, now: float) -> bool:
         if len(self._running) >= self.config.max_num_seqs:
@@ -305,6 +330,7 @@ class Scheduler:
 
     def update(self, step: SchedulerOutput, output: ModelOutput, now: float) -> list[Request]:
         """Commits a step that was carried out; returns the requests it finished."""
+        self._step_times.end(now)
         self.emb.commit(step.rows)
         finished = []
         for scheduled in step.requests:
@@ -318,6 +344,8 @@ class Scheduler:
                 request.status = RequestStatus.FINISHED
                 request.finished_at = now
                 finished.append(request)
+        if not self._live:
+            self._step_times.forget()
         return finished
 
     def _commit(self, request: Request, scheduled: ScheduledRequest, output: ModelOutput) -> None:

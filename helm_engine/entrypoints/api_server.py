@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from block_manager.exceptions import IntegrityError
+from helm_engine.admission import Admission
 from helm_engine.async_recommender import AsyncRecommender
 from helm_engine.config import EngineConfig, ServerConfig
 from helm_engine.engine_client import EngineClient
@@ -20,11 +21,12 @@ from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.entrypoints import admin_routes, status_routes
 from helm_engine.entrypoints.api_keys import ApiKeys, KeySet
 from helm_engine.entrypoints.body_limit import BodyLimit
+from helm_engine.entrypoints.early_refusal import RefuseEarly
 from helm_engine.entrypoints.errors import install_error_handlers
 from helm_engine.entrypoints.http_server import HttpServer
 from helm_engine.entrypoints.key_check import RequireApiKey
 from helm_engine.entrypoints.openapi import describe
-from helm_engine.entrypoints.recommend_routes import recommend_router
+from helm_engine.entrypoints.recommend_routes import RECOMMEND_PATHS, recommend_router
 from helm_engine.entrypoints.request_ids import RequestIds
 from helm_engine.entrypoints.tracing import Tracer
 from helm_engine.exceptions import HelmError
@@ -71,10 +73,19 @@ class ApiFront:
             await asyncio.to_thread(tracer.close)
 
         self.app = FastAPI(title="HELM Engine", version=__version__, lifespan=lifespan)
-        self.app.state.recommender = AsyncRecommender(self._supervisor)
+        recommender = AsyncRecommender(self._supervisor)
+        admission = Admission.to(config.scheduler)
+        self.app.state.recommender = recommender
+        self.app.state.admission = admission
         self.app.state.tracer = tracer
         self.app.state.is_draining = False
         self.app.add_middleware(BodyLimit, max_bytes=config.limits.max_body_bytes)
+        self.app.add_middleware(
+            RefuseEarly,
+            admission=admission,
+            paths=RECOMMEND_PATHS,
+            count=recommender.metrics.count_failure,
+        )
         self.app.add_middleware(RequireApiKey, keys=keys)
         self.app.add_middleware(RequestIds)
         install_error_handlers(self.app)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
+from helm_engine.admission import Admission
 from helm_engine.async_recommender import AsyncRecommender
 from helm_engine.body_codec import (
     Encoding,
@@ -40,9 +42,11 @@ from helm_engine.protocol import (
 
 Result = TypeVar("Result")
 
+RECOMMEND_PATHS = ("/v1/recommend", "/recommend")
+
 
 def recommend_router(limits: RequestLimits) -> APIRouter:
-    """The routes; the application's state holds the recommender and the tracer."""
+    """The routes; the application's state holds the recommender, the admission and the tracer."""
 
     async def recommend(request: Request) -> Response:
         state = request.app.state
@@ -53,7 +57,7 @@ def recommend_router(limits: RequestLimits) -> APIRouter:
             return await _Answering(request).response(limits)
 
     router = APIRouter()
-    for path in ("/v1/recommend", "/recommend"):
+    for path in RECOMMEND_PATHS:
         router.post(
             path,
             response_model=Recommendation | RecommendationList,
@@ -71,6 +75,7 @@ class _Answering:
         self._request = request
         self._request_id: str = request.state.request_id
         self._recommender: AsyncRecommender = request.app.state.recommender
+        self._admission: Admission = request.app.state.admission
         self._tracer: Tracer = request.app.state.tracer
 
     async def response(self, limits: RequestLimits) -> Response:
@@ -113,14 +118,16 @@ class _Answering:
                 f"requests: holds {len(raw)} requests, the limit is {limits.max_requests}",
                 "requests",
             )
-        asked = [self._one_or_error(one, f"-{place}") for place, one in enumerate(raw)]
+        asked = [self._one_of_many(one, place) for place, one in enumerate(raw)]
         return {"object": "list", "data": await asyncio.gather(*asked)}
 
-    async def _one_or_error(
-        self, raw: object, suffix: str
+    async def _one_of_many(
+        self, raw: object, place: int
     ) -> Recommendation | dict[str, Any] | ErrorBody:
         try:
-            return await self.one(raw, suffix)
+            # The first one was let in at the door.
+            with self._admission.held() if place else nullcontext():
+                return await self.one(raw, f"-{place}")
         except HelmError as error:
             return error_body(error)
 
