@@ -30,7 +30,8 @@ def test_a_foreign_package_that_shadows_a_room_is_named(tmp_path: Path) -> None:
 def test_the_command_explains_itself_without_loading_torch() -> None:
     program = (
         "import sys; from typer.testing import CliRunner;"
-        "from helm_engine.entrypoints.cli import EngineOptions, app;"
+        "from helm_engine.entrypoints.cli import app;"
+        "from helm_engine.entrypoints.engine_options import EngineOptions;"
         "result = CliRunner().invoke(app, ['serve', '--help']);"
         "assert result.exit_code == 0, result.output;"
         "flags = ['--' + name.replace('_', '-') for name in EngineOptions.__dataclass_fields__];"
