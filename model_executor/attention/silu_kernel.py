@@ -20,10 +20,11 @@ from model_executor.attention.silu_memory import (
     Bias,
     Constants,
     Floats,
+    Rows,
     Scratch,
     Step,
     as_float,
-    pack_queries,
+    pack_strip,
     pack_tile,
     padded,
     write_sums,
@@ -50,8 +51,7 @@ def _attend_span(
 ) -> None:
     """Writes what the queries of a span read, for one head."""
     use_wide_vectors()
-    pack_queries(head, num_strips, step.q, constants, scratch)
-    scratch.sums[: num_strips * ROWS * padded(constants.dv)] = 0
+    is_first = True
     has_groups = span.num_candidates > 0 and constants.group_size > 1
     for own in range(2 if has_groups else 1):
         low, high = keys_read(own * num_strips, num_strips, scratch)
@@ -61,7 +61,13 @@ def _attend_span(
         for first in range(low, high, width):
             end = min(first + width, high)
             pack_tile(head, span, first, end, own == 1, step, constants, scratch)
-            _attend_tile(first, end, num_strips, own, constants, scratch, bias)
+            _attend_tile(
+                first, end, num_strips, own, head, is_first, step.q, constants, scratch, bias
+            )
+            is_first = False
+    if is_first:
+        # Nothing but what candidates read of themselves.
+        scratch.sums[: num_strips * ROWS * padded(constants.dv)] = 0
     if not has_groups:
         _attend_alone(head, span, step, constants, scratch.sums)
     write_sums(head, num_strips, step.attended, constants, scratch)
@@ -73,18 +79,29 @@ def _attend_tile(
     tile_end: int,
     num_strips: int,
     own: int,
+    head: int,
+    is_first: bool,
+    q: Rows,
     constants: Constants,
     scratch: Scratch,
     bias: Bias,
 ) -> None:
-    """Adds what all strips read of a tile of keys."""
+    """Adds what all strips read of a tile of keys.
+
+    With the first tile of a head it copies queries and clears sums as it comes to them: memory is
+    waited for beside products then.
+    """
     use_wide_vectors()
     lows, highs, all_from, all_to = scratch.lows, scratch.highs, scratch.all_from, scratch.all_to
     queries, keys, scores = scratch.queries, scratch.keys, scratch.scores
     values, sums, firsts, ends = scratch.values, scratch.sums, scratch.firsts, scratch.ends
-    biases = bias.array
+    rows, q_array, q_at, biases = scratch.rows, q.array, head * q.head, bias.array
     width, dqk, dv = constants.keys_per_tile, constants.dqk, padded(constants.dv)
     for strip in range(num_strips):
+        if is_first:
+            factor = constants.score_factor
+            pack_strip(strip, rows, q_array, q_at, q.row, queries, dqk, factor)
+            sums[strip * ROWS * dv : (strip + 1) * ROWS * dv] = 0
         listed = own * num_strips + strip
         low = max(lows[listed] - tile_first, 0)
         high = min(highs[listed], tile_end) - tile_first

@@ -165,17 +165,35 @@ def as_float(array: Any, place: int) -> Any:
 
 
 @compiled
-def pack_queries(
-    head: int, num_strips: int, q: Rows, constants: Constants, scratch: Scratch
+def pack_strip(
+    strip: int,
+    rows: Int64Array,
+    source: Any,
+    first_at: int,
+    distance: int,
+    queries: Floats,
+    dqk: int,
+    factor: Any,
 ) -> None:
-    """Copies queries to where the numbers of a strip in one dimension lie side by side."""
-    rows, queries, source, dqk = scratch.rows, scratch.queries, q.array, constants.dqk
-    for place in range(num_strips * ROWS):
-        target = place // ROWS * ROWS * dqk + place % ROWS
-        if rows[place] >= 0:
-            at = rows[place] * q.row + head * q.head
-            _prefetch(source, at + _AHEAD * q.row, dqk)
-            _copy(source, at, queries, target, ROWS, dqk, constants.score_factor)
+    """Copies a strip's queries to where the numbers of one dimension lie side by side.
+
+    Args:
+        strip: which one.
+        rows: which row each query is.
+        source: their memory.
+        first_at: where the head's numbers of row 0 begin.
+        distance: numbers from one row to the next.
+        queries: where they are put.
+        dqk: numbers of a query.
+        factor: of all numbers.
+    """
+    for place in range(ROWS):
+        row = rows[np.uintp(strip * ROWS + place)]
+        target = strip * ROWS * dqk + place
+        if row >= 0:
+            at = first_at + row * distance
+            _prefetch(source, at + _AHEAD * distance, dqk)
+            _copy(source, at, queries, target, ROWS, dqk, factor)
         else:
             queries[target : target + dqk * ROWS : ROWS] = 0
 
