@@ -10,8 +10,6 @@ from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.exceptions import (
     DeadlineExceededError,
     EngineUnavailableError,
-    HelmError,
-    RequestAbortedError,
 )
 from helm_engine.metrics import EngineMetrics
 from helm_engine.output_processor import build_recommendation
@@ -24,36 +22,34 @@ class AsyncRecommender:
     def __init__(self, supervisor: EngineSupervisor) -> None:
         self.supervisor = supervisor
         self.metrics = EngineMetrics(supervisor)
-        self._clock = SystemClock()
+        self.clock = SystemClock()
 
     async def recommend(
-        self, body: RecommendRequest, answer_id: str | None = None
+        self,
+        body: RecommendRequest,
+        answer_id: str | None = None,
+        arrived: float | None = None,
     ) -> Recommendation:
         """Answers one request.
 
         Args:
             body: the request.
             answer_id: `id` of the answer; one is made up by default.
+            arrived: when the request came, by `clock`: deadlines and latencies count from there,
+                reading and parsing included. Now by default.
 
         Raises:
             HelmError: what the client is to be told.
         """
-        arrived = self._clock.now()
+        arrived = self.clock.now() if arrived is None else arrived
         request_id = f"rec-{uuid.uuid4().hex}"
-        try:
-            engine = self.supervisor.engine
-            prepared = engine.processor.process(body, request_id, arrived)
-            await engine.client.submit(prepared.request)
-            if self._clock.now() > prepared.request.deadline:
-                raise DeadlineExceededError("the deadline passed before the answer was sent")
-            answer = build_recommendation(prepared, engine.served.name, answer_id or request_id)
-        except asyncio.CancelledError:
-            self.metrics.count_failure(RequestAbortedError("the request was withdrawn"))
-            raise
-        except HelmError as error:
-            self.metrics.count_failure(error)
-            raise
-        self.metrics.count_success(answer, self._clock.now() - arrived)
+        engine = self.supervisor.engine
+        prepared = engine.processor.process(body, request_id, arrived)
+        await engine.client.submit(prepared.request)
+        if self.clock.now() > prepared.request.deadline:
+            raise DeadlineExceededError("the deadline passed before the answer was sent")
+        answer = build_recommendation(prepared, engine.served.name, answer_id or request_id)
+        self.metrics.count_success(answer, self.clock.now() - arrived)
         return answer
 
     async def forget_user(self, user: str) -> int:

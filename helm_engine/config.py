@@ -129,6 +129,10 @@ class ServerConfig:
     hang_timeout: float = 30.0
     """Seconds; an engine core that says nothing for so long is killed and started anew. It says
     something between steps: no step may take longer."""
+    start_timeout: float = 600.0
+    """Seconds; an engine that is not loaded and warm by then is given up."""
+    body_timeout: float = 30.0
+    """Seconds that a client has to send a body; it holds a place in the queue meanwhile."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Any of these lets a client ask; none = everybody may."""
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -146,3 +150,7 @@ class ServerConfig:
             raise ValueError(f"shutdown_timeout: must be at least 0, not {self.shutdown_timeout}")
         if not self.hang_timeout >= 1.0:
             raise ValueError(f"hang_timeout: must be at least 1 second, not {self.hang_timeout}")
+        if not self.start_timeout > 0.0:
+            raise ValueError(f"start_timeout: must be above 0, not {self.start_timeout}")
+        if not self.body_timeout > 0.0:
+            raise ValueError(f"body_timeout: must be above 0, not {self.body_timeout}")

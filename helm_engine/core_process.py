@@ -42,6 +42,10 @@ _IDLE_CHECK_SECONDS = 1.0
 """Once the engine has had nothing to do for this long, it looks whether anything was leaked."""
 
 
+_MAX_FAILED_STEPS = 20
+"""Some errors of a device stay until its process ends: after so many the core gives up."""
+
+
 @dataclass(frozen=True, slots=True)
 class CoreAddresses:
     """ZeroMQ addresses of one core."""
@@ -66,7 +70,7 @@ def run_core_process(
 
     Args:
         config: the engine's.
-        addresses: where the front listens.
+        addresses: of the sockets between core and front.
         front: the child's end of a pipe to the front.
         log_level: of Python's logging.
         load: loads the engine; `load_engine` by default.
@@ -131,11 +135,16 @@ class _CoreLoop:
 
     def _read(self, inbox: zmq.Socket[bytes]) -> None:
         decoder: FrameDecoder[ToCore] = FrameDecoder(ToCore)
-        while True:
-            frames = [frame.buffer for frame in inbox.recv_multipart(copy=False)]
-            message = decoder.decode(frames)
-            # Unpacked here, beside the running step, and not between two steps.
-            self._inbox.put(message.request() if isinstance(message, AddRequest) else message)
+        try:
+            while True:
+                frames = [frame.buffer for frame in inbox.recv_multipart(copy=False)]
+                message = decoder.decode(frames)
+                # Unpacked here, beside the running step, and not between two steps.
+                self._inbox.put(message.request() if isinstance(message, AddRequest) else message)
+        except Exception:
+            # A core that steps and hears nothing would look healthy for ever.
+            logger.exception("messages of the front cannot be read")
+            os._exit(1)
 
     def run(self) -> None:
         """Runs until `Stop` comes."""
@@ -144,6 +153,8 @@ class _CoreLoop:
         while True:
             if self._core.has_work:
                 ended = self._core.step()
+                if self._core.failed_in_a_row >= _MAX_FAILED_STEPS:
+                    raise RuntimeError(f"{_MAX_FAILED_STEPS} steps in a row have failed")
                 if not self._take_messages(block=False):
                     return
                 self._say(ended)

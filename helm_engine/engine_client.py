@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from itertools import count
+from math import inf
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from helm_engine.engine_messages import (
     WithdrawRequest,
 )
 from helm_engine.engine_stats import EngineStats
-from helm_engine.exceptions import EngineUnavailableError
+from helm_engine.exceptions import DeadlineExceededError, EngineUnavailableError
 from helm_engine.request import Request
 from helm_engine.served_model import ServedModel
 
@@ -59,17 +60,12 @@ class EngineClient:
         """
         self._loop = asyncio.get_running_loop()
         self._hang_seconds = hang_seconds
-        self._directory = Path(tempfile.mkdtemp(prefix="helm-engine-"))
-        self._context = zmq.Context()
-        self._outbox = self._socket(zmq.PUSH)
-        self._inbox = self._socket(zmq.PULL)
-        self._inbox.bind(self._address("from-core"))
         self._encoder = FrameEncoder()
         self._decoder: FrameDecoder[FromCore] = FrameDecoder(FromCore)
         self._waiting: dict[str, tuple[Request, asyncio.Future[Request]]] = {}
         self._calls: dict[int, asyncio.Future[int]] = {}
         self._numbers = count()
-        self._last_heard = time.monotonic()
+        self._last_heard = self._last_checked = time.monotonic()
         self._watch: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[int] | None = None
         self._is_ready = False
@@ -77,6 +73,19 @@ class EngineClient:
         """As last reported."""
         self.ended: asyncio.Future[str] = self._loop.create_future()
         """Set, with the reason, once the core's process is no longer of use."""
+        self._directory = Path(tempfile.mkdtemp(prefix="helm-engine-"))
+        self._context = zmq.Context()
+        try:
+            self._start(config, main)
+        except BaseException:
+            # Tried again and again, what is left behind would make matters worse.
+            self._free_sockets()
+            raise
+
+    def _start(self, config: EngineConfig, main: Callable[..., None]) -> None:
+        self._outbox = self._socket(zmq.PUSH)
+        self._inbox = self._socket(zmq.PULL)
+        self._inbox.bind(self._address("from-core"))
         addresses = CoreAddresses(*(self._address(name) for name in ("to-core", "from-core")))
         self._pipe, child_pipe = _SPAWN.Pipe()
         self._process = _SPAWN.Process(
@@ -143,7 +152,7 @@ class EngineClient:
         # This side connects: sending then never waits, not even for a core that is gone.
         self._outbox.connect(self._address("to-core"))
         self._is_ready = True
-        self._last_heard = time.monotonic()
+        self._last_heard = self._last_checked = time.monotonic()
         self._check_heartbeat()
         return said
 
@@ -151,7 +160,8 @@ class EngineClient:
         """Runs one request to its end; the outcome is written into it.
 
         Raises:
-            HelmError: the request's own error: queue full, deadline passed, step failed.
+            HelmError: the request's own error: queue full, step failed.
+            DeadlineExceededError: its deadline passed, here or there.
             EngineUnavailableError: the core died or hung.
         """
         if not self.is_alive:
@@ -160,7 +170,12 @@ class EngineClient:
         self._waiting[request.request_id] = (request, future)
         self._send(AddRequest.of(request))
         try:
-            return await future
+            # The core looks between steps only, and one that hangs does not look at all.
+            async with asyncio.timeout(_until(request.deadline)):
+                return await future
+        except TimeoutError:
+            self._send(WithdrawRequest(request.request_id))
+            raise DeadlineExceededError("the deadline passed") from None
         except asyncio.CancelledError:
             self._send(WithdrawRequest(request.request_id))
             raise
@@ -215,14 +230,21 @@ class EngineClient:
             await asyncio.to_thread(self._process.join, _STOP_SECONDS)
         if self._process.exitcode is None:
             self._process.kill()
-            await asyncio.to_thread(self._process.join)
+            await asyncio.to_thread(self._process.join, _STOP_SECONDS)
         status = self._process.exitcode
-        atexit.unregister(self._process.kill)
-        self._process.close()
-        self._context.destroy(linger=0)
+        if status is None:
+            # Within a system call that does not return: whatever holds it, we go on.
+            logger.error("the engine core (process %s) cannot be killed", self.pid)
+        else:
+            atexit.unregister(self._process.kill)
+            self._process.close()
         self._pipe.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._free_sockets()
         return -1 if status is None else status
+
+    def _free_sockets(self) -> None:
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _send(self, message: ToCore) -> None:
         if self.is_alive and self._is_ready:
@@ -256,8 +278,13 @@ class EngineClient:
         """Kills a core that has said nothing for too long."""
         if not self.is_alive:
             return
-        self._read()  # Should this process have slept, the core has not been silent for it.
-        silence = time.monotonic() - self._last_heard
+        self._read()
+        now = time.monotonic()
+        if now - self._last_checked > self._hang_seconds / 2:
+            # This process slept, and perhaps the whole machine: the core may speak first.
+            self._last_heard = now
+        self._last_checked = now
+        silence = now - self._last_heard
         if silence > self._hang_seconds:
             logger.error("the engine core has said nothing for %.1f s: it is killed", silence)
             self._end("the engine hangs and is restarted")
@@ -280,6 +307,11 @@ class EngineClient:
             if self._watch is not None:
                 self._watch.cancel()
             self.fail_pending(reason)
+
+
+def _until(deadline: float) -> float | None:
+    """Seconds until a time of the engine's clock; None = there is none."""
+    return None if deadline == inf else max(0.0, deadline - time.monotonic())
 
 
 def _receive(pipe: Connection, ready: asyncio.Future[Any]) -> None:

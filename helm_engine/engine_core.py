@@ -20,6 +20,8 @@ class EngineCore:
         self.scheduler = scheduler
         self._executor = executor
         self._clock = clock
+        self.failed_in_a_row = 0
+        """Steps that could not be carried out since the last one that could."""
 
     def add_request(self, request: Request) -> None:
         """Queues a request; see `Scheduler.add_request`."""
@@ -65,6 +67,8 @@ class EngineCore:
                 # device out of memory): its requests are told, the engine goes on.
                 logger.exception("a step of %d requests failed", len(step.requests))
                 self.scheduler.fail_step(step, StepFailedError(f"the step failed: {error}"))
+                self.failed_in_a_row += 1
             else:
+                self.failed_in_a_row = 0
                 finished = self.scheduler.update(step, output, self._clock.now())
         return finished + self.scheduler.take_failed()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from helm_engine.config import EngineConfig
 from helm_engine.engine_client import EngineClient
-from helm_engine.exceptions import EngineUnavailableError, HelmError, ReloadError
+from helm_engine.exceptions import EngineUnavailableError, ReloadError
 from helm_engine.input_processor import InputProcessor, new_user_key
 from helm_engine.served_model import ServedModel
 
@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 """An engine that cannot be restarted is tried again after a pause that doubles up to this."""
+
+
+_STOPPED = "the engine has stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +36,31 @@ class Engine:
 class EngineSupervisor:
     """Owns the engine that answers, the one that warms up, and those that finish their last."""
 
-    def __init__(self, config: EngineConfig, start: Callable[[EngineConfig], EngineClient]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        start: Callable[[EngineConfig], EngineClient],
+        start_seconds: float = 600.0,
+    ) -> None:
         """Starts nothing yet.
 
         Args:
             config: of the first engine.
             start: starts an engine's process.
+            start_seconds: an engine that is not ready after so long is given up.
         """
         self.config = config
         self.num_restarts = 0
         """Engines that died or hung and were started anew."""
         self.num_reloads = 0
         self._start = start
+        self._start_seconds = start_seconds
         # One key for all engines: a user's tag must not change with a restart.
         self._user_key = new_user_key()
         self._engine: Engine | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._launching: set[EngineClient] = set()
+        self._is_closed = False
         self._reloading = asyncio.Lock()
         self._retiring: dict[asyncio.Task[None], EngineClient] = {}
         self._why_none = "the engine is starting"
@@ -89,11 +101,22 @@ class EngineSupervisor:
 
     async def _launch(self, config: EngineConfig) -> Engine:
         client = self._start(config)
+        self._launching.add(client)
         try:
-            served = await client.ready()
+            async with asyncio.timeout(self._start_seconds):
+                served = await client.ready()
+            if self._is_closed:
+                raise EngineUnavailableError(_STOPPED)
+        except TimeoutError:
+            await client.close()
+            raise EngineUnavailableError(
+                f"the engine was not ready within {self._start_seconds:g} s (start_timeout)"
+            ) from None
         except BaseException:
             await client.close()
             raise
+        finally:
+            self._launching.discard(client)
         logger.info("engine core ready: process %s, model %s", client.pid, served.name)
         return Engine(client, served, served.input_processor(self._user_key))
 
@@ -116,7 +139,7 @@ class EngineSupervisor:
             except Exception as error:
                 # Whatever it is: without this loop there would never be an engine again.
                 logger.error("the engine could not be started: %s; again in %g s", error, pause)
-                self._why_none = f"the engine could not be started: {error}"
+                self._why_none = "the engine could not be started; its log says why"
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
@@ -132,6 +155,8 @@ class EngineSupervisor:
             ReloadError: another reload is under way, or the model cannot be served.
             EngineUnavailableError: no engine is there to be replaced; it is being restarted.
         """
+        if self._is_closed:
+            raise EngineUnavailableError(_STOPPED)
         if self._reloading.locked():
             raise ReloadError("another reload is under way")
         async with self._reloading:
@@ -139,7 +164,9 @@ class EngineSupervisor:
             config = self.config if model_dir is None else replace(self.config, model_dir=model_dir)
             try:
                 engine = await self._launch(config)
-            except (ValueError, OSError, RuntimeError, HelmError) as error:
+            except Exception as error:
+                if self._is_closed:
+                    raise EngineUnavailableError(_STOPPED) from error
                 raise ReloadError(f"the model was not replaced: {error}", "model_dir") from error
             self.config = config
             self.num_reloads += 1
@@ -168,11 +195,13 @@ class EngineSupervisor:
             client.fail_pending(reason)
 
     async def close(self) -> bool:
-        """Ends all engines; whether each ended with its books in order."""
+        """Ends all engines; whether each that was ready ended with its books in order."""
+        self._is_closed = True
         if self._keeper is not None:
             self._keeper.cancel()
+        await asyncio.gather(*(client.close() for client in list(self._launching)))
         clients = self.clients
         for task in self._retiring:
             task.cancel()
-        self._engine, self._why_none = None, "the engine has stopped"
+        self._engine, self._why_none = None, _STOPPED
         return not any(await asyncio.gather(*(client.close() for client in clients)))

@@ -28,6 +28,13 @@ class RequestTooLargeError(InvalidRequestError):
     status = 413
 
 
+class UploadTimeoutError(HelmError):
+    """The request's body did not come in time."""
+
+    status = 408
+    error_type = "timeout_error"
+
+
 class UnsupportedMediaTypeError(InvalidRequestError):
     """The body is of a type that nobody here reads."""
 

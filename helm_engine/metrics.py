@@ -115,7 +115,7 @@ class EngineMetrics:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(supervisor))
         ProcessCollector(registry=self._registry)
-        self._model_name = supervisor.config.model_name
+        self._supervisor = supervisor
         self._success = Counter(
             "helm:request_success", "Answered requests.", ["model_name"], registry=self._registry
         )
@@ -137,7 +137,7 @@ class EngineMetrics:
             "request_candidates", "Candidates of answered requests.", TOKEN_BUCKETS
         )
         self._by_model: dict[str, _ModelMetrics] = {}
-        self._of_model(self._model_name)
+        self._of_model(supervisor.config.model_name)
 
     def _seconds(self, name: str, help_text: str) -> Histogram:
         return self._histogram(f"{name}_seconds", help_text, LATENCY_BUCKETS_SECONDS)
@@ -173,7 +173,7 @@ class EngineMetrics:
 
     def count_failure(self, error: HelmError) -> None:
         """Counts a request that got an error."""
-        self._failure.labels(self._model_name, error.error_type).inc()
+        self._failure.labels(self._supervisor.config.model_name, error.error_type).inc()
 
     def render(self) -> bytes:
         """Prometheus text format."""

@@ -21,6 +21,8 @@ from pydantic import (
 from helm_engine.exceptions import HelmError, InvalidRequestError
 from helm_engine.int_array import MAX_INTEGER, IntArray, from_buffer
 
+RECOMMEND_PATHS = ("/v1/recommend", "/recommend")
+
 MAX_USER_LENGTH = 512
 """Characters of a user's id."""
 MAX_MEMBERS = 256

@@ -177,6 +177,8 @@ class Scheduler:
             self._waiting.remove(live.urgency)
         if request.deadline < inf:
             self._deadlines.remove(live.deadline)
+        if not self._live:
+            self._step_times.forget()
 
     def take_failed(self) -> list[Request]:
         """Drains the requests that ended with an error since the last call."""
@@ -344,8 +346,6 @@ class Scheduler:
                 request.status = RequestStatus.FINISHED
                 request.finished_at = now
                 finished.append(request)
-        if not self._live:
-            self._step_times.forget()
         return finished
 
     def _commit(self, request: Request, scheduled: ScheduledRequest, output: ModelOutput) -> None:

@@ -13,8 +13,8 @@ from types import TracebackType
 
 from helm_engine.batch.lines import BatchLine, LineDigest, with_custom_id
 from helm_engine.int_array import parse_json
+from helm_engine.protocol import RECOMMEND_PATHS
 
-URLS = ("/v1/recommend", "/recommend")
 MAX_ENVELOPE_BYTES = 64 << 10
 """What a line may hold around its body: `custom_id`, `method`, `url` and punctuation."""
 
@@ -92,8 +92,8 @@ def _parse_line(line: BatchLine, raw: bytes) -> BatchLine:
     method, url = parsed.get("method"), parsed.get("url")
     if not isinstance(method, str) or method != "POST":
         return line.refused("method", "must be POST")
-    if not isinstance(url, str) or url not in URLS:
-        return line.refused("url", f"must be one of {', '.join(URLS)}")
+    if not isinstance(url, str) or url not in RECOMMEND_PATHS:
+        return line.refused("url", f"must be one of {', '.join(RECOMMEND_PATHS)}")
     if "body" not in parsed:
         return line.refused("body", "is missing")
     return replace(line, body=parsed["body"])

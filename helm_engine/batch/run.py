@@ -57,9 +57,10 @@ def run_batch(config: EngineConfig, source: Path, target: Path, report: Report) 
     with _open_input(source, config.limits.max_body_bytes) as batch:
         _require_parquet(target)
         with open_journal(journal_path) as journal:
+            version = model_version(config.model_dir)
             lines: Iterator[BatchLine] = refuse_duplicates(
                 # With another precision the same lines have other scores.
-                batch.lines(f"{model_version(config.model_dir)}/{config.executor.dtype}")
+                batch.lines(f"{version}/{config.executor.dtype}")
             )
 
             def kept(line: BatchLine) -> None:
@@ -72,6 +73,8 @@ def run_batch(config: EngineConfig, source: Path, target: Path, report: Report) 
             if first is not None:
                 report("loading the model", 0, None)
                 recommender = Recommender.from_config(config)
+                if recommender.engine.served.version != version:
+                    raise ValueError(f"{config.model_dir}: was exchanged while it was read")
                 lines = chain([first], unanswered)
                 with closing(answer_lines(recommender, lines, _is_table(target))) as answers:
                     for line, output in answers:

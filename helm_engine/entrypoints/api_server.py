@@ -26,10 +26,11 @@ from helm_engine.entrypoints.errors import install_error_handlers
 from helm_engine.entrypoints.http_server import HttpServer
 from helm_engine.entrypoints.key_check import RequireApiKey
 from helm_engine.entrypoints.openapi import describe
-from helm_engine.entrypoints.recommend_routes import RECOMMEND_PATHS, recommend_router
+from helm_engine.entrypoints.recommend_routes import recommend_router
 from helm_engine.entrypoints.request_ids import RequestIds
 from helm_engine.entrypoints.tracing import Tracer
 from helm_engine.exceptions import HelmError
+from helm_engine.protocol import RECOMMEND_PATHS
 from helm_engine.served_model import ServedModel
 from helm_engine.version import __version__
 
@@ -57,7 +58,9 @@ class ApiFront:
         """
         self._announce = announce
         self._supervisor = EngineSupervisor(
-            config, lambda engine: EngineClient(engine, server.hang_timeout)
+            config,
+            lambda engine: EngineClient(engine, server.hang_timeout),
+            server.start_timeout,
         )
         self._reloads: set[asyncio.Task[None]] = set()
         self.ended_in_order = True
@@ -74,7 +77,7 @@ class ApiFront:
 
         self.app = FastAPI(title="HELM Engine", version=__version__, lifespan=lifespan)
         recommender = AsyncRecommender(self._supervisor)
-        admission = Admission.to(config.scheduler)
+        self._admission = admission = Admission.to(config.scheduler)
         self.app.state.recommender = recommender
         self.app.state.admission = admission
         self.app.state.tracer = tracer
@@ -89,7 +92,7 @@ class ApiFront:
         self.app.add_middleware(RequireApiKey, keys=keys)
         self.app.add_middleware(RequestIds)
         install_error_handlers(self.app)
-        self.app.include_router(recommend_router(config.limits))
+        self.app.include_router(recommend_router(config.limits, server.body_timeout))
         self.app.include_router(status_routes.router)
         self.app.include_router(admin_routes.router)
         self.app.openapi = lambda: describe(self.app, config.limits)  # type: ignore[method-assign]
@@ -107,8 +110,8 @@ class ApiFront:
 
     @property
     def num_in_flight(self) -> int:
-        """Requests that an engine works on."""
-        return sum(client.num_in_flight for client in self._supervisor.clients)
+        """Requests between the door and their answer."""
+        return self._admission.num_held
 
     def give_up(self) -> None:
         """Answers all that still wait with an error."""
@@ -116,6 +119,8 @@ class ApiFront:
 
     def reload(self) -> None:
         """Reads the model again; the log says how it went."""
+        if self.app.state.is_draining:
+            return
         task = asyncio.create_task(self._reload())
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)

@@ -12,7 +12,13 @@ from pydantic.json_schema import models_json_schema
 from helm_engine.body_codec import Encoding
 from helm_engine.config import RequestLimits
 from helm_engine.entrypoints.api_keys import ADMIN_PREFIX, OPEN_PATHS
-from helm_engine.protocol import ANSWER_FIELDS, ErrorBody, RecommendRequest, RecommendRequests
+from helm_engine.protocol import (
+    ANSWER_FIELDS,
+    RECOMMEND_PATHS,
+    ErrorBody,
+    RecommendRequest,
+    RecommendRequests,
+)
 
 _REFERENCE = "#/components/schemas/"
 _BODIES = (RecommendRequest, RecommendRequests)
@@ -91,7 +97,7 @@ def describe(app: FastAPI, limits: RequestLimits) -> dict[str, Any]:
         components["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
         for unused in ("HTTPValidationError", "ValidationError"):
             del schemas[unused]
-        for path in ("/v1/recommend", "/recommend"):
+        for path in RECOMMEND_PATHS:
             _describe_recommend(schema["paths"][path]["post"])
         for path, operations in schema["paths"].items():
             for operation in operations.values():

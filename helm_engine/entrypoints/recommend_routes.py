@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from helm_engine.admission import Admission
@@ -31,8 +33,10 @@ from helm_engine.exceptions import (
     RequestAbortedError,
     RequestTooLargeError,
     UnsupportedMediaTypeError,
+    UploadTimeoutError,
 )
 from helm_engine.protocol import (
+    RECOMMEND_PATHS,
     ErrorBody,
     Recommendation,
     RecommendationList,
@@ -40,28 +44,37 @@ from helm_engine.protocol import (
     parse_request,
 )
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
-RECOMMEND_PATHS = ("/v1/recommend", "/recommend")
 
+def recommend_router(limits: RequestLimits, body_seconds: float) -> APIRouter:
+    """The routes; the application's state holds the recommender, the admission and the tracer.
 
-def recommend_router(limits: RequestLimits) -> APIRouter:
-    """The routes; the application's state holds the recommender, the admission and the tracer."""
+    Args:
+        limits: of a request.
+        body_seconds: time that a client has to send a body.
+    """
 
     async def recommend(request: Request) -> Response:
         state = request.app.state
         with state.tracer.server_span(request.url.path, request.state.parent) as span:
             request.state.trace = span.ids or request.state.trace
-            if state.is_draining:
-                raise EngineUnavailableError("the server is shutting down")
-            return await _Answering(request).response(limits)
+            try:
+                if state.is_draining:
+                    raise EngineUnavailableError("the server is shutting down")
+                return await _Answering(request).response(limits, body_seconds)
+            except HelmError as error:
+                state.recommender.metrics.count_failure(error)
+                raise
 
     router = APIRouter()
     for path in RECOMMEND_PATHS:
         router.post(
             path,
             response_model=Recommendation | RecommendationList,
-            responses=error_responses(400, 401, 404, 413, 415, 429, 500, 503, 504),
+            responses=error_responses(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
             summary="Score candidates, or retrieve the best items of the catalogue",
             operation_id=path.strip("/").replace("/", "_"),
         )(recommend)
@@ -77,15 +90,12 @@ class _Answering:
         self._recommender: AsyncRecommender = request.app.state.recommender
         self._admission: Admission = request.app.state.admission
         self._tracer: Tracer = request.app.state.tracer
+        self._arrived = self._recommender.clock.now()
 
-    async def response(self, limits: RequestLimits) -> Response:
+    async def response(self, limits: RequestLimits, body_seconds: float) -> Response:
         """The whole HTTP answer."""
-        try:
-            encoding = _encoding_of_body(self._request)
-            parsed = parse_body(await _body(self._request), encoding)
-        except HelmError as error:
-            self._recommender.metrics.count_failure(error)
-            raise
+        encoding = _encoding_of_body(self._request)
+        parsed = parse_body(await _body(self._request, body_seconds), encoding)
         several = isinstance(parsed, dict) and "requests" in parsed
         work = self.many(parsed, limits) if several else self.one(parsed, "")
         answer = await unless_client_leaves(self._request, work)
@@ -95,13 +105,11 @@ class _Answering:
 
     async def one(self, raw: object, suffix: str) -> Recommendation | dict[str, Any]:
         """The answer, or those parts of it that were asked for."""
-        try:
-            body = parse_request(raw)
-        except HelmError as error:
-            self._recommender.metrics.count_failure(error)
-            raise
+        body = parse_request(raw)
         with self._tracer.request_span() as span:
-            answer = await self._recommender.recommend(body, f"rec-{self._request_id}{suffix}")
+            answer = await self._recommender.recommend(
+                body, f"rec-{self._request_id}{suffix}", self._arrived
+            )
             span.describe(answer)
         return answer if body.fields is None else select_fields(answer, body.fields)
 
@@ -129,7 +137,13 @@ class _Answering:
             with self._admission.held() if place else nullcontext():
                 return await self.one(raw, f"-{place}")
         except HelmError as error:
-            return error_body(error)
+            failure = error
+        except Exception:
+            # The others of the body have an answer.
+            logger.exception("a request failed unexpectedly")
+            failure = HelmError("internal error")
+        self._recommender.metrics.count_failure(failure)
+        return error_body(failure)
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -156,9 +170,14 @@ async def _client_leaves(request: Request) -> None:
         pass
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, seconds: float) -> bytes:
     try:
-        return await request.body()
+        async with asyncio.timeout(seconds):
+            return await request.body()
+    except TimeoutError:
+        raise UploadTimeoutError(f"body: did not come within {seconds:g} s", "body") from None
+    except HTTPException as error:
+        raise RequestTooLargeError(f"body: {error.detail}", "body") from None
     except ClientDisconnect:
         raise RequestAbortedError("the client hung up while it sent the request") from None
 

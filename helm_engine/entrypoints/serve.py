@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from block_manager.exceptions import IntegrityError
 from helm_engine.entrypoints.command import CommandError
 from helm_engine.entrypoints.engine_options import EngineOptions, takes_engine_options
 from helm_engine.entrypoints.server_options import ServerOptions
@@ -63,6 +64,9 @@ def serve(
         api_server.serve(config, front, bound, announce)
     except (ValueError, OSError, RuntimeError, HelmError) as error:
         raise CommandError(str(error)) from error
+    except IntegrityError as error:
+        print(f"helm-engine: error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
 
 
 def _welcome(served: ServedModel, host: str, port: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +49,24 @@ class ServerOptions:
             "any step takes.",
         ),
     ] = _DEFAULTS.hang_timeout
+    start_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            rich_help_panel=_SERVER,
+            help="An engine that is not loaded and warm by then is given up.",
+        ),
+    ] = _DEFAULTS.start_timeout
+    body_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.1,
+            rich_help_panel=_SERVER,
+            help="Time that a client has to send a body; then it gets 408.",
+        ),
+    ] = _DEFAULTS.body_timeout
     otlp_traces_endpoint: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +113,8 @@ class ServerOptions:
         return ServerConfig(
             shutdown_timeout=self.shutdown_timeout,
             hang_timeout=self.hang_timeout,
+            start_timeout=self.start_timeout,
+            body_timeout=self.body_timeout,
             api_keys=_keys("api_key", self.api_key, self.api_key_file),
             admin_keys=_keys("admin_key", self.admin_key, self.admin_key_file),
             otlp_traces_endpoint=self.otlp_traces_endpoint,
@@ -102,6 +123,10 @@ class ServerOptions:
 
 def _keys(name: str, sent: str | None, file: Path | None) -> tuple[str, ...]:
     """The keys of a flag and of its file, each of them well formed."""
+    variable = f"HELM_{name.upper()}"
+    if sent is None and os.environ.get(variable) == "":
+        # A secret that came out empty must not open the server to everybody.
+        raise ValueError(f"{variable}: is set but empty; unset it to serve without keys")
     keys = [key.strip() for key in sent.split(",")] if sent is not None else []
     source = name
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -75,6 +77,23 @@ def test_a_full_queue_is_429_with_the_time_to_come_back(server: RunningServer) -
         assert server.post({"requests": [QUICK, {"history": {}}]}).status_code == 429
     assert [answers.get().status_code for _ in range(2)] == [200, 200]
     assert server.post(QUICK).status_code == 200
+
+
+def test_a_body_that_does_not_come_in_time_gives_its_place_back() -> None:
+    flags = ("--body-timeout", "0.3", "--max-num-seqs", "1", "--max-num-waiting", "1")
+    with running_server(BUNDLED_MODEL, *flags) as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        head = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+        with contextlib.ExitStack() as stack:
+            slow = [
+                stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(2)
+            ]
+            for one in slow:
+                one.sendall(head)
+            answers = [one.recv(4096) for one in slow]
+        assert all(answer.startswith(b"HTTP/1.1 408 ") for answer in answers), answers
+        assert server.post(QUICK).status_code == 200
+        assert server.stop() == 0
 
 
 @pytest.mark.parametrize("body", [QUICK, SLOW])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helm_engine.entrypoints.api_keys import ApiKeys, KeySet, read_key_file
+from helm_engine.entrypoints.server_options import ServerOptions
 from helm_engine.exceptions import AuthenticationError, PermissionDeniedError
 
 
@@ -68,3 +69,14 @@ def test_with_an_admin_key_alone_everybody_still_asks() -> None:
     keys.check("/v1/admin/reload", b"Bearer root")
     with pytest.raises(AuthenticationError):
         keys.check("/v1/admin/reload", None)
+
+
+@pytest.mark.parametrize("name", ["HELM_API_KEY", "HELM_ADMIN_KEY"])
+def test_an_empty_variable_does_not_open_the_door(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "")
+    with pytest.raises(ValueError, match=f"{name}: is set but empty"):
+        ServerOptions().resolve()
+    monkeypatch.setenv(name, "one, two")
+    assert ServerOptions(api_key="one, two").resolve().api_keys == ("one", "two")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -42,15 +41,15 @@ class Hold:
 
 
 def load_held(config: EngineConfig) -> LoadedEngine:
-    """A real engine; its steps pass the gate first, and raise SystemExit if it says `die`."""
+    """A real engine; its steps pass the gate first, and fail while a third file is there."""
     engine = load_engine(config, SystemClock())
     hold = Hold(config.model_dir)
     execute = engine.runner.execute
 
     def held(step: SchedulerOutput) -> ModelOutput:
         hold.pass_step()
-        if config.model_dir.with_suffix(".die").exists():
-            os._exit(7)
+        if config.model_dir.with_suffix(".break").exists():
+            raise RuntimeError("the device is broken")
         return execute(step)
 
     engine.runner.execute = held  # type: ignore[method-assign]

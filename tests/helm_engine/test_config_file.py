@@ -160,6 +160,8 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "port": st.integers(0, 65535),
     "shutdown_timeout": st.floats(0.0, 1e6),
     "hang_timeout": st.floats(1.0, 1e6),
+    "start_timeout": st.floats(1.0, 1e6),
+    "body_timeout": st.floats(0.1, 1e6),
     "otlp_traces_endpoint": _TEXT,
     "api_key_file": _PATH,
     "admin_key_file": _PATH,

@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 
 from helm_engine.config import EngineConfig
 from helm_engine.engine_client import EngineClient
-from helm_engine.exceptions import EngineUnavailableError, QueueFullError
+from helm_engine.exceptions import (
+    DeadlineExceededError,
+    EngineUnavailableError,
+    QueueFullError,
+    StepFailedError,
+)
 from helm_engine.input_processor import PreparedRequest, new_user_key
 from helm_engine.output_processor import build_recommendation
 from helm_engine.protocol import parse_request
@@ -178,11 +185,61 @@ def test_a_core_that_waits_is_not_taken_for_one_that_hangs(config: EngineConfig)
 def test_a_front_that_slept_does_not_blame_the_core(config: EngineConfig) -> None:
     async def scenario() -> None:
         async with running(config, hang_seconds=1.0) as front:
-            import time
-
             time.sleep(2.5)
             await asyncio.sleep(0.5)
             assert front.client.is_alive
+
+    run(scenario)
+
+
+def test_a_deadline_is_kept_though_the_core_is_busy(config: EngineConfig) -> None:
+    async def scenario() -> None:
+        hold = Hold(config.model_dir)
+        async with running(config) as front:
+            hold.hold()
+            first = front.ask("first")
+            await until(lambda: hold.has_begun)
+            late = front.prepare("late").request
+            late.deadline = time.monotonic() + 0.1
+            with pytest.raises(DeadlineExceededError):
+                await front.client.submit(late)
+            assert front.client.num_in_flight == 1
+            hold.release()
+            await first
+            await until(lambda: front.client.stats.num_requests_waiting == 0)
+
+    run(scenario)
+
+
+def test_a_core_whose_every_step_fails_gives_up(config: EngineConfig) -> None:
+    async def scenario() -> None:
+        config.model_dir.with_suffix(".break").touch()
+        async with running(config) as front:
+            failures: list[type[BaseException]] = []
+            while front.client.is_alive:
+                with pytest.raises((StepFailedError, EngineUnavailableError)) as failure:
+                    await front.ask(f"u{len(failures)}")
+                failures.append(failure.type)
+            assert failures.count(StepFailedError) >= 10
+            assert "ended" in front.client.ended.result()
+
+    run(scenario)
+
+
+def test_what_could_not_be_started_leaves_nothing_behind(
+    config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("x" * 120)  # Too long for the address of a socket.
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+
+    async def scenario() -> None:
+        files = len(list(Path("/proc/self/fd").iterdir()))
+        for _ in range(5):
+            with pytest.raises(zmq.ZMQError):
+                held_client(config)
+        assert list(deep.iterdir()) == []
+        assert len(list(Path("/proc/self/fd").iterdir())) <= files
 
     run(scenario)
 

@@ -205,6 +205,31 @@ def test_a_model_that_cannot_be_served_replaces_nothing(config: EngineConfig, ot
     run(scenario)
 
 
+def test_an_engine_that_does_not_become_ready_is_given_up(config: EngineConfig) -> None:
+    async def scenario() -> None:
+        supervisor = EngineSupervisor(config, held_client, start_seconds=0.05)
+        with pytest.raises(EngineUnavailableError, match="start_timeout"):
+            await supervisor.start()
+        assert await supervisor.close()
+
+    run(scenario)
+
+
+def test_an_engine_that_warms_up_while_all_ends_is_ended_too(config: EngineConfig) -> None:
+    async def scenario() -> None:
+        async with running(config) as front:
+            reloading = asyncio.create_task(front.supervisor.reload(None))
+            await asyncio.sleep(0.2)
+            assert await front.supervisor.close()
+            with pytest.raises(EngineUnavailableError):
+                await reloading
+            with pytest.raises(EngineUnavailableError):
+                await front.supervisor.reload(None)
+            assert not front.supervisor.is_ready
+
+    run(scenario)
+
+
 def test_one_reload_at_a_time(config: EngineConfig) -> None:
     async def scenario() -> None:
         async with running(config) as front:
