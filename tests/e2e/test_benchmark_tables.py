@@ -101,6 +101,28 @@ def test_both_show_what_loadgen_found() -> None:
         assert f"{loadgen['server_qps_p99_80ms']:.0f} queries/s" in text
 
 
+def test_both_show_what_overload_and_soak_found() -> None:
+    page, overload = " ".join(PAGE.split()), result("overload")
+    (soak,) = result("soak")["runs"]
+    assert overload["problems"] == []
+    assert soak["num_problems"] == 0
+    flat = soak["flat"]
+    figures = [
+        with_range(overload["goodput_ratio"], overload["goodput_ratio_range"]),
+        f"{overload['overload_goodput_per_s']:.0f} answers a second",
+        f"against {overload['peak_goodput_per_s']:.0f}",
+        f"at most {overload['most_waiting']} requests waiting",
+        f"{soak['requests']} requests",
+        f"{len(soak['reloads'])} reloads",
+        f"{soak['quiet_moments']} quiet moments",
+        f"front grew by {flat['front']['mib_per_minute']:.2f} MiB a minute",
+        f"engine core by {flat['core']['mib_per_minute']:.2f}",
+        f"{flat['front']['files']['second_half']} and {flat['core']['files']['second_half']} file",
+    ]
+    assert [figure for figure in figures if figure not in page] == []
+    assert f"keeps {overload['goodput_ratio']:.2f} of the peak" in " ".join(README.split())
+
+
 def test_every_result_says_where_it_comes_from() -> None:
     for path in (REPOSITORY / "benchmarks" / "results").glob("*.json"):
         found = json.loads(path.read_text(encoding="utf-8"))
