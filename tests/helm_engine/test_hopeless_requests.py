@@ -95,14 +95,23 @@ def test_an_engine_that_was_idle_expects_nothing() -> None:
 
 def test_one_is_tried_where_the_estimate_would_leave_nothing_to_run() -> None:
     simulation = Busy(more_seconds=100.0)
+    several = [ask(simulation, f"r{number}", 20, 1.0 + number) for number in range(4)]
     for request in simulation.work:
         simulation.core.fail_request(request, RequestAbortedError("withdrawn"))
-    several = [ask(simulation, f"r{number}", 20, 1.0 + number) for number in range(4)]
     simulation.drain()
     assert [request.status is RequestStatus.FINISHED for request in several] == [
         *[False] * 3,
         True,
     ]
+
+
+def test_an_engine_that_is_idle_forgets_how_long_steps_took() -> None:
+    simulation = Busy(more_seconds=100.0)
+    for request in simulation.work:
+        simulation.core.fail_request(request, RequestAbortedError("withdrawn"))
+    several = [ask(simulation, f"r{number}", 20, 1.0 + number) for number in range(4)]
+    simulation.drain()
+    assert {request.status for request in several} == {RequestStatus.FINISHED}
 
 
 def test_what_has_no_deadline_is_never_hopeless() -> None:
