@@ -121,7 +121,8 @@ def test_requests_are_answered_as_described(
     # Several requests in one body are refused one by one, in an answer that is a success.
     several = isinstance(case.body, dict) and "requests" in case.body
     checks = CHECKS if several else [*CHECKS, wrong_bodies_are_refused]
-    case.call_and_validate(base_url=server.address, checks=checks)
+    response = case.call_and_validate(base_url=server.address, checks=checks)
+    assert response.status_code < 500 or response.status_code == 504
 
 
 @given(data=st.data())
@@ -153,7 +154,8 @@ def test_any_user_is_forgotten_as_described(
 ) -> None:
     found = operation(description, "/v1/users/{user}:forget")
     case = data.draw(found.as_strategy(generation_mode=mode))
-    case.call_and_validate(base_url=server.address, checks=CHECKS)
+    response = case.call_and_validate(base_url=server.address, checks=CHECKS)
+    assert response.status_code < 500
 
 
 @given(data=st.data(), mode=st.sampled_from(MODES))

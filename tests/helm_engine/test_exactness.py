@@ -32,7 +32,8 @@ def test_cold_scores_equal_the_reference(dialect: str, tmp_path: Path) -> None:
 @every_dialect
 def test_one_event_and_one_candidate_are_enough(dialect: str, tmp_path: Path) -> None:
     client = Client(toy_config(dialect), num_events=1)
-    serve(tmp_path, client.config).ask(client.request(client.candidates(1)))
+    usage = serve(tmp_path, client.config).ask(client.request(client.candidates(1)))
+    assert usage.candidates == 1
 
 
 @pytest.mark.parametrize(("dialect", "reused"), [("research", 16), ("nvidia", 36), ("sasrec", 16)])
@@ -92,7 +93,8 @@ def test_the_hour_of_a_request_is_not_rounded_up(tmp_path: Path) -> None:
     served = serve(tmp_path, toy_config("stu"))
     client = Client(served.config, num_events=2)
     # Exact in fp32 and 16 seconds before the hour; in fp32, divided by 3600, it is a whole number.
-    served.ask(client.request(client.candidates(9), request_time=1_700_009_984))
+    usage = served.ask(client.request(client.candidates(9), request_time=1_700_009_984))
+    assert usage.candidates == 9
 
 
 # ---------------------------------------------------------------- any mix of all that

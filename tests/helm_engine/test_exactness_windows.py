@@ -117,8 +117,9 @@ def test_long_histories_are_read_as_the_config_says(
     client = Client(served.config, start_index, num_events=40)
     later = client.events["timestamps"][-1] + 600
     for length in (31, 38, 40):
-        served.ask(
+        usage = served.ask(
             client.request(
                 client.candidates(9), length=length, start_index=start_index, request_time=later
             )
         )
+        assert usage.candidates == 9

@@ -309,3 +309,4 @@ def test_smallest_budget_of_a_model_is_enough(unit: int, recomputes: bool) -> No
     rules = StepRules(microbatch_unit=unit, recomputes_last_row=recomputes)
     requests = [make_request(f"r{number}", 11 * number + 1, 4 * unit + 1) for number in range(3)]
     simulate(rules, rules.min_tokens, *requests)
+    assert [request.num_scored for request in requests] == [4 * unit + 1] * 3
