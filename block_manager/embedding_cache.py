@@ -346,7 +346,7 @@ class EmbeddingCache:
         """
         if not self._dead:
             return _NOTHING
-        dead = np.unique(np.concatenate(self._dead))
+        dead: npt.NDArray[np.int64] = np.unique(np.concatenate(self._dead))
         self._dead.clear()
         return dead[self._row_of_slot[dead] == NOWHERE]
 
@@ -383,7 +383,8 @@ def _hottest_first(
 ) -> npt.NDArray[np.int64]:
     """Places in `row_ids` by falling hotness of their rows, equally hot ones as they came."""
     hotness = policy.hotness(row_ids[places])
-    return places[np.argsort(-hotness.astype(np.int64), kind="stable")]
+    ordered: npt.NDArray[np.int64] = places[np.argsort(-hotness.astype(np.int64), kind="stable")]
+    return ordered
 
 
 @njit(nogil=True, cache=True)

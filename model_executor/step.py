@@ -68,9 +68,10 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """Everything an executor must do in one step, in this order: move rows, poison, put refilled
-    rows in their slots, load, begin the refill, prefill, score. Without requests it is the first
-    part alone.
+    """Everything an executor must do in one step.
+
+    In this order: move rows, poison, put refilled rows in their slots, load, begin the refill,
+    prefill, score. Without requests it is all but the last two.
     """
 
     requests: tuple[ScheduledRequest, ...]
