@@ -348,7 +348,8 @@ class EmbeddingCache:
             return _NOTHING
         dead: npt.NDArray[np.int64] = np.unique(np.concatenate(self._dead))
         self._dead.clear()
-        return dead[self._row_of_slot[dead] == NOWHERE]
+        is_empty = self._row_of_slot[dead] == NOWHERE
+        return np.compress(is_empty, dead)
 
     def check_integrity(self) -> None:
         """A slot maps to at most one row and back; free + reserved + occupied = all slots.
