@@ -151,20 +151,20 @@ class ModelRunner:
     def _prepare_memory(self, step: SchedulerOutput) -> None:
         """Moves rows whose page leaves, then poisons what died."""
         if len(step.moves):
-            self.arena.move_rows(
+            self.arena.rows.move(
                 to_device(step.moves.sources, self._device),
                 to_device(step.moves.destinations, self._device),
             )
         if step.dead_blocks:
             self.arena.poison_pages(torch.tensor(step.dead_blocks, device=self._device))
         if len(step.dead_slots):
-            self.arena.poison_slots(to_device(step.dead_slots, self._device))
+            self.arena.rows.poison(to_device(step.dead_slots, self._device))
 
     def _load_rows(self, plan: RowPlan) -> Int64Array:
         """Copies the missing rows to the device; returns the address of every row of the plan."""
         admitted, staged = plan.admitted, plan.staged
         if len(admitted):
-            self.arena.write_slots(
+            self.arena.rows.write(
                 to_device(plan.slots[admitted], self._device),
                 self._fetch(plan.row_ids[admitted]),
             )
