@@ -136,6 +136,19 @@ def test_hand_worked_rates() -> None:
     assert throttle.rate(10.0 + 0.5 * math.log(1200 / 500)) == pytest.approx(400.0)
 
 
+def test_hand_worked_tokens_of_a_rest_and_of_a_rising_rate() -> None:
+    wide = replace(LINK, link_bytes_per_s=10_000.0, mark_bytes_per_s=300.0, chunk_bytes=100_000)
+    throttle = RefillThrottle(wide, 0.0)
+    throttle.count_foreground(DEMAND, 300, 0.0)
+    # 600 a second are above the mark for 0.5 ln 2 seconds; then 400 a second are gained.
+    assert throttle.allowance(1.0) == int(400 * (1 - 0.5 * math.log(2)))
+    narrow = RefillConfig(2000.0, 1000.0, chunk_bytes=100_000, decay_s=0.5)
+    throttle = RefillThrottle(narrow, 0.0)
+    throttle.count_foreground(ONBOARDING, 500, 0.0)
+    # The integral of 1,000 (1 - exp(-2 t)) over a second.
+    assert throttle.allowance(1.0) == int(1000 - 500 * (1 - math.exp(-2)))
+
+
 def test_a_steady_foreground_is_estimated_by_its_rate() -> None:
     throttle, now = RefillThrottle(replace(LINK, decay_s=1.0), 0.0), 0.0
     for _ in range(1000):
