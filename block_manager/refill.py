@@ -49,8 +49,8 @@ class HostTraffic:
 class RefillConfig:
     """How much of the link refill may take; all in bytes, and bytes a second."""
 
-    cap_bytes_per_s: float
-    """Refill takes no more, however idle the link is."""
+    cap_bytes_per_s: float = float(64 << 20)
+    """Refill takes no more, however idle the link is: half of what 1 Gbit/s carries."""
     link_bytes_per_s: float = math.inf
     """What the link carries; infinite = unknown, the cap alone decides."""
     margin_bytes_per_s: float = 0.0
@@ -94,9 +94,9 @@ class RefillThrottle:
     throttle is asked does not matter.
     """
 
-    def __init__(self, config: RefillConfig, now: float) -> None:
+    def __init__(self, config: RefillConfig | None = None, now: float = 0.0) -> None:
         """Starts with an empty bucket and no foreground; `now` in seconds."""
-        self._config = config
+        self._config = config or RefillConfig()
         self._now = now
         self._tokens = 0.0
         self._demand = 0.0
@@ -104,7 +104,7 @@ class RefillThrottle:
 
     @property
     def chunk_bytes(self) -> int:
-        """The most that `allowance` ever says, but for debts that it has to work off."""
+        """The most that `available` ever says, but for debts that it has to work off."""
         return self._config.chunk_bytes
 
     def count_foreground(self, traffic: TrafficClass, num_bytes: int, now: float) -> None:
@@ -135,7 +135,7 @@ class RefillThrottle:
         left = config.link_bytes_per_s - config.margin_bytes_per_s - self.foreground(now)
         return max(0.0, min(config.cap_bytes_per_s, left))
 
-    def allowance(self, now: float) -> int:
+    def available(self, now: float) -> int:
         """Bytes that refill may ask for now; one chunk at most.
 
         None while demand misses are above the mark, whatever has been saved up before.

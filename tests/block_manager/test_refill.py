@@ -86,7 +86,7 @@ def test_tokens_are_the_integral_of_the_rule(
         if slow.demand == 0.0 or abs(slow.demand - config.mark_bytes_per_s) > 1.0:
             resting = slow.demand > config.mark_bytes_per_s
             expected = 0.0 if resting else max(0.0, slow.tokens)
-            assert throttle.allowance(now) == pytest.approx(expected, abs=2.0)
+            assert throttle.available(now) == pytest.approx(expected, abs=2.0)
 
 
 @given(config=CONFIGS, events=EVENTS, parts=st.integers(1, 50))
@@ -101,10 +101,10 @@ def test_how_often_it_is_asked_does_not_matter(
             else:
                 throttle.count_foreground(traffic, num_bytes, now)
         for part in range(1, parts):
-            often.allowance(now + pause * part / parts)
+            often.available(now + pause * part / parts)
         now += pause
     assert often.rate(now) == pytest.approx(seldom.rate(now), rel=1e-6, abs=1e-6)
-    assert abs(often.allowance(now) - seldom.allowance(now)) <= 1
+    assert abs(often.available(now) - seldom.available(now)) <= 1
 
 
 @given(config=CONFIGS, events=EVENTS)
@@ -116,12 +116,12 @@ def test_refill_never_gets_more_than_the_cap_and_one_chunk(
         if traffic is not REFILL:
             throttle.count_foreground(traffic, num_bytes, now)
         now += pause
-        allowed = throttle.allowance(now)
+        allowed = throttle.available(now)
         assert 0 <= allowed <= config.chunk_bytes
         throttle.spend(allowed, now)
         taken += allowed
         assert taken <= config.cap_bytes_per_s * now + config.chunk_bytes + 1e-6
-        assert throttle.allowance(now) == 0
+        assert throttle.available(now) == 0
 
 
 def test_hand_worked_rates() -> None:
@@ -141,12 +141,12 @@ def test_hand_worked_tokens_of_a_rest_and_of_a_rising_rate() -> None:
     throttle = RefillThrottle(wide, 0.0)
     throttle.count_foreground(DEMAND, 300, 0.0)
     # 600 a second are above the mark for 0.5 ln 2 seconds; then 400 a second are gained.
-    assert throttle.allowance(1.0) == int(400 * (1 - 0.5 * math.log(2)))
+    assert throttle.available(1.0) == int(400 * (1 - 0.5 * math.log(2)))
     narrow = RefillConfig(2000.0, 1000.0, chunk_bytes=100_000, decay_s=0.5)
     throttle = RefillThrottle(narrow, 0.0)
     throttle.count_foreground(ONBOARDING, 500, 0.0)
     # The integral of 1,000 (1 - exp(-2 t)) over a second.
-    assert throttle.allowance(1.0) == int(1000 - 500 * (1 - math.exp(-2)))
+    assert throttle.available(1.0) == int(1000 - 500 * (1 - math.exp(-2)))
 
 
 def test_a_steady_foreground_is_estimated_by_its_rate() -> None:
@@ -159,29 +159,29 @@ def test_a_steady_foreground_is_estimated_by_its_rate() -> None:
 
 def test_nothing_may_be_refilled_while_misses_are_above_the_mark_though_it_was_saved_up() -> None:
     throttle = RefillThrottle(LINK, 0.0)
-    assert throttle.allowance(10.0) == 300
+    assert throttle.available(10.0) == 300
     throttle.count_foreground(DEMAND, 400, 10.0)  # 800 a second, the mark is 700.
-    assert (throttle.rate(10.0), throttle.allowance(10.0)) == (0.0, 0)
-    assert throttle.allowance(10.0 + 0.5 * math.log(800 / 700) + 1e-6) == 300
+    assert (throttle.rate(10.0), throttle.available(10.0)) == (0.0, 0)
+    assert throttle.available(10.0 + 0.5 * math.log(800 / 700) + 1e-6) == 300
 
 
 def test_kv_onboarding_does_not_count_towards_the_mark() -> None:
     throttle = RefillThrottle(LINK, 0.0)
     throttle.count_foreground(ONBOARDING, 400, 10.0)
-    assert throttle.allowance(10.0) == 300
+    assert throttle.available(10.0) == 300
 
 
 def test_a_debt_is_worked_off_first() -> None:
     throttle = RefillThrottle(LINK, 0.0)
     throttle.spend(400, 0.0)
-    assert throttle.allowance(1.0) == 0
-    assert throttle.allowance(1.5) == 200
+    assert throttle.available(1.0) == 0
+    assert throttle.available(1.5) == 200
 
 
 def test_time_does_not_go_back() -> None:
     throttle = RefillThrottle(LINK, 5.0)
     throttle.spend(0, 6.0)
-    assert throttle.allowance(5.5) == throttle.allowance(6.0) == 300
+    assert throttle.available(5.5) == throttle.available(6.0) == 300
 
 
 def test_refill_is_no_foreground() -> None:
