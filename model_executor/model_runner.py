@@ -18,6 +18,7 @@ from model_executor.models.heads import RetrievalHead
 from model_executor.models.sequence_model import RankingModel, RetrievalModel, SequenceModel
 from model_executor.page_arena import PageArena
 from model_executor.paged_batch import PagedBatch, build_paged_batch, to_device
+from model_executor.row_loader import RowLoader
 from model_executor.step import (
     NO_ROW,
     CandidateScoring,
@@ -87,7 +88,7 @@ class ModelRunner:
             if max_retrieval_matrix_bytes and isinstance(model, RetrievalModel)
             else None
         )
-        self._table = table
+        self.loader = RowLoader(table, 4 * model.config.row_dim)
         self._layout = layout
         self._attention = attention
         self._device = device
@@ -176,7 +177,7 @@ class ModelRunner:
 
     def _fetch(self, row_ids: Int64Array) -> Tensor:
         """Rows of the host tier on the device, float [n, row_dim]."""
-        return torch.from_numpy(self._table.read_rows(row_ids)).to(self._device, self._dtype)
+        return torch.from_numpy(self.loader.load(row_ids)).to(self._device, self._dtype)
 
     def _batch(self, requests: tuple[ScheduledRequest, ...]) -> PagedBatch:
         in_sequence = isinstance(self.model, RankingModel)
