@@ -1,10 +1,9 @@
-"""A link of a stated round trip and bandwidth in front of a server on this machine; its own process.
+"""A link of stated round trip and bandwidth in front of a server of this machine; its own process.
 
-A chunk of bytes leaves the link no earlier than its turn allows, `bytes / bandwidth` after the chunk
-before it in the same direction, whichever connection that was of, and half a round trip later. The
-stated figures are lower bounds: a busy machine adds to them, and timers are late by up to a
-millisecond. Cut, the link carries nothing and says nothing, as a pulled cable does; restored, it
-goes on with what it held.
+A chunk of bytes comes out half a round trip after its turn: `bytes / bandwidth` after the chunk
+before it in the same direction, whichever connection that was of. The stated figures are lower
+bounds: a busy machine adds to them, and timers are late by up to a millisecond. Cut, the link
+carries nothing and says nothing, as a pulled cable does; restored, it goes on with what it held.
 
     python benchmarks/slow_link.py PORT --round-trip-ms 2 --bytes-per-second 1e8
 """

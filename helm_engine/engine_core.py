@@ -24,7 +24,6 @@ class EngineCore:
         self.failed_in_a_row = 0
         """Steps that could not be carried out since the last one that could; those that lacked
         rows do not count, for another process would not have the rows either."""
-        self._lacks_rows = False
 
     def add_request(self, request: Request) -> None:
         """Queues a request; see `Scheduler.add_request`."""
@@ -75,9 +74,7 @@ class EngineCore:
             try:
                 output = self._executor.execute(step)
             except RowsUnavailableError as error:
-                if not self._lacks_rows:
-                    logger.warning("steps fail for want of rows: %s", error)
-                self._lacks_rows = True
+                # The host tier says so in the log itself, once for each outage.
                 self.scheduler.fail_step(step, StepFailedError(f"the step failed: {error}"))
             except Exception as error:
                 # A step may fail for reasons outside the engine (a device out of memory,
@@ -87,6 +84,5 @@ class EngineCore:
                 self.failed_in_a_row += 1
             else:
                 self.failed_in_a_row = 0
-                self._lacks_rows = False
                 finished = self.scheduler.update(step, output, self._clock.now())
         return finished + self.scheduler.take_failed()

@@ -52,9 +52,12 @@ def connected(link: SlowLink) -> socket.socket:
 def exchange(connection: socket.socket, data: bytes) -> tuple[bytes, float]:
     """Sends, ends, and reads until the other end has ended too; with the seconds it took."""
     begun = time.monotonic()
-    sender = threading.Thread(
-        target=lambda: (connection.sendall(data), connection.shutdown(socket.SHUT_WR))
-    )
+
+    def send() -> None:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+
+    sender = threading.Thread(target=send)
     sender.start()
     answer = b"".join(iter(lambda: connection.recv(65536), b""))
     sender.join()

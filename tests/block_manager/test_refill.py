@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -203,8 +204,9 @@ def test_refill_is_no_foreground() -> None:
     ],
 )
 def test_bad_settings_are_refused_by_name(field: str, value: float) -> None:
+    settings: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=f"^{field}: "):
-        replace(LINK, **{field: value})
+        replace(LINK, **settings)
 
 
 def test_the_order_of_the_classes() -> None:
