@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from block_manager.pool_layout import PoolLayout
 from block_manager.row_plan import RowPlan
 from model_executor.attention.backend import AttentionBackend
+from model_executor.background_refill import BackgroundRefill
 from model_executor.device_memory import DeviceMemory
 from model_executor.host_store import HostStore
 from model_executor.models.heads import RetrievalHead
@@ -89,6 +91,7 @@ class ModelRunner:
             else None
         )
         self.loader = RowLoader(table, 4 * model.config.row_dim)
+        self._refill = BackgroundRefill(self.loader, self.arena.rows, device, self._dtype)
         self._layout = layout
         self._attention = attention
         self._device = device
@@ -117,7 +120,7 @@ class ModelRunner:
             timer.mark()
             if not step.requests:
                 timer.mark()
-                return ModelOutput({}, {}, timer.result(), refill_failed=step.refill)
+                return self._ended(step, ModelOutput({}, {}, timer.result()))
             batch = self._batch(step.requests)
             rows = self._token_rows(step.requests, addresses)
             x = self.model.embed(rows, batch)
@@ -133,7 +136,14 @@ class ModelRunner:
                 scores = self._inner_products(self.model, step.requests, users, addresses)
                 retrieved = self._retrieve(step.requests, users)
             parts = _by_request(step.requests, scores)
-            return ModelOutput(parts, retrieved, timer.result(), refill_failed=step.refill)
+            return self._ended(step, ModelOutput(parts, retrieved, timer.result()))
+
+    def _ended(self, step: SchedulerOutput, output: ModelOutput) -> ModelOutput:
+        """Nothing of the step can fail any more: its refill begins, the one before is reported."""
+        refilled, failed = self._refill.take_ended()
+        if step.refill is not None:
+            self._refill.begin(step.refill)
+        return replace(output, refilled=refilled, refill_failed=failed)
 
     @torch.inference_mode()
     def encode(self, step: SchedulerOutput) -> Tensor:
@@ -150,22 +160,23 @@ class ModelRunner:
         return self.model.encode(x, batch, self.arena.kv, self._attention, all_rows=True)
 
     def _prepare_memory(self, step: SchedulerOutput) -> None:
-        """Moves rows whose page leaves, then poisons what died."""
+        """Moves rows whose page leaves, poisons what died, writes what a refill brought."""
         if len(step.moves):
-            self.arena.move_rows(
+            self.arena.rows.move(
                 to_device(step.moves.sources, self._device),
                 to_device(step.moves.destinations, self._device),
             )
         if step.dead_blocks:
             self.arena.poison_pages(torch.tensor(step.dead_blocks, device=self._device))
         if len(step.dead_slots):
-            self.arena.poison_slots(to_device(step.dead_slots, self._device))
+            self.arena.rows.poison(to_device(step.dead_slots, self._device))
+        self._refill.write_landed()
 
     def _load_rows(self, plan: RowPlan) -> Int64Array:
         """Copies the missing rows to the device; returns the address of every row of the plan."""
         admitted, staged = plan.admitted, plan.staged
         if len(admitted):
-            self.arena.write_slots(
+            self.arena.rows.write(
                 to_device(plan.slots[admitted], self._device),
                 self._fetch(plan.row_ids[admitted]),
             )

@@ -203,10 +203,9 @@ def test_refill_is_no_foreground() -> None:
         ("decay_s", 0.0),
     ],
 )
-def test_bad_settings_are_refused_by_name(field: str, value: float) -> None:
-    settings: dict[str, Any] = {field: value}
+def test_bad_settings_are_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field}: "):
-        replace(LINK, **settings)
+        replace(LINK, **{field: value})
 
 
 def test_the_order_of_the_classes() -> None:
