@@ -146,7 +146,7 @@ class RefillThrottle:
         return max(0, int(self._tokens))
 
     def spend(self, num_bytes: int, now: float) -> None:
-        """Takes bytes that refill asked for; more than the allowance is a debt, worked off first."""
+        """Takes bytes that refill asked for; what exceeds the allowance is a debt."""
         self._advance(now)
         self._tokens -= num_bytes
 

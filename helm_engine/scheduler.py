@@ -216,7 +216,7 @@ class Scheduler:
         if shares:
             self.stats.steps += 1
             self._step_times.begin(now)
-        return self._build_step(shares, moves, refill)
+        return self._build_step(shares, moves, refill, now)
 
     def _expire(self, now: float) -> None:
         """Ends what is late, and what waits and would be late even if it ran in the next step."""
@@ -312,14 +312,16 @@ class Scheduler:
         return _Share(request, start, num_rows, num_candidates)
 
     def _build_step(
-        self, shares: list[_Share], moves: RowMoves, refill: RefillPlan | None
+        self, shares: list[_Share], moves: RowMoves, refill: RefillPlan | None, now: float
     ) -> SchedulerOutput:
         rows = self._distinct.of(
             np.concatenate([_NO_ROWS, *(part for share in shares for part in share.row_ids)])
         )
         plan = self.emb.plan(rows.row_ids, rows.counts)
-        self.stats.row_queries += len(rows.row_ids)
-        self.stats.row_hits += int(np.count_nonzero(plan.resident))
+        num_rows, num_resident = len(rows.row_ids), int(np.count_nonzero(plan.resident))
+        self.stats.row_queries += num_rows
+        self.stats.row_hits += num_resident
+        self.refills.count_demand(num_rows - num_resident, now)
         scheduled, first = [], 0
         for share in shares:
             end = first + share.num_rows + share.num_candidates
@@ -393,6 +395,8 @@ class Scheduler:
         """
         self.emb.abandon(step.rows)
         self.emb.forget(step.moves)
+        if step.refill is not None:
+            self.emb.abandon_refill(step.refill)
         for scheduled in step.requests:
             live = self._live.get(scheduled.request_id)
             if live is not None:

@@ -42,7 +42,7 @@ class LandedRows:
 
 
 class RowLoader:
-    """Owns a host store. `load`, `start_refill` and `take_landed` are for one thread, the step's."""
+    """Owns a host store. `load`, `start_refill` and `take_landed` are for the step's thread."""
 
     def __init__(self, store: HostStore, row_bytes: int, chunk_rows: int = CHUNK_ROWS) -> None:
         """Takes the store and the bytes of one of its rows; no thread runs before a refill."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -202,7 +203,7 @@ def test_refill_is_no_foreground() -> None:
         ("decay_s", 0.0),
     ],
 )
-def test_bad_settings_are_refused_by_name(field: str, value: float) -> None:
+def test_bad_settings_are_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field}: "):
         replace(LINK, **{field: value})
 
