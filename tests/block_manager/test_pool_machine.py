@@ -7,13 +7,15 @@ it carries out each step in the order that `SchedulerOutput` documents, or break
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
+from typing import ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -105,8 +107,8 @@ class Step:
 class PoolMachine(RuleBasedStateMachine):
     """Both tenants of one pool, and all who work on them."""
 
-    steps_done = count()
-    """Over all machines, so that a long run can say how long it was."""
+    totals: ClassVar[Counter[str]] = Counter()
+    """Of what happened, over all machines: a long run says how long it was and what it met."""
 
     @initialize(
         num_pages=st.integers(MIN_KV_PAGES, 16),
@@ -150,6 +152,9 @@ class PoolMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "patch"):
             self.patch.undo()
+            self.totals["machines"] += 1
+            self.totals["pages_moved"] += self.boundary.num_moved_pages
+            self.totals["rows_moved"] += self.boundary.num_moved_rows
 
     # ------------------------------------------------------------ between steps
 
@@ -208,6 +213,8 @@ class PoolMachine(RuleBasedStateMachine):
             return
         assert found == cached * BLOCK_TOKENS
         assert self.kv.block_table(name).tolist() == self.plain_kv.held[name].blocks
+        self.totals["requests"] += 1
+        self.totals["tokens_reused"] += found
         self.running[name] = Running(user, hashes, tokens, found)
 
     @precondition(lambda self: not (self.open or self.planned))
@@ -322,10 +329,12 @@ class PoolMachine(RuleBasedStateMachine):
             self.undo(step)
 
     def commit(self, step: Step) -> None:
+        self.totals["engine_steps"] += 1
         self.emb.commit(step.rows)
         self.plain_emb.close_plan(loaded=True)
         self.loading = self.loading or step.begun
         if step.refilled is not None:
+            self.totals["rows_refilled"] += len(step.refilled)
             self.emb.commit_refill(step.refilled)
         if step.refill_failed is not None:
             self.emb.abandon_refill(step.refill_failed)
@@ -342,6 +351,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def undo(self, step: Step) -> None:
         """Its requests end, its rows are not resident, and the refill it was to begin is not."""
+        self.totals["engine_steps_failed"] += 1
         self.emb.abandon(step.rows)
         self.plain_emb.close_plan(loaded=False)
         self.emb.forget(step.moves)
@@ -393,7 +403,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_add_up(self) -> None:
-        next(PoolMachine.steps_done)
+        self.totals["steps"] += 1
         self.pool.check_integrity(self.kv.pool, self.emb)
         self.kv.check_integrity()
 
@@ -428,6 +438,12 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.read(blocks, one.computed) == one.tokens[: one.computed]
 
 
+STEPS = 200
+"""Longer runs have more choices than Hypothesis keeps."""
+
 TestPoolMachine = PoolMachine.TestCase
-# As many steps of each run as Hypothesis has bytes for; the profile says how many runs.
-TestPoolMachine.settings = settings(stateful_step_count=100)
+TestPoolMachine.settings = settings(
+    max_examples=2 * settings().max_examples,
+    stateful_step_count=STEPS,
+    suppress_health_check=[HealthCheck.too_slow],
+)
