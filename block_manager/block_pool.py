@@ -229,12 +229,17 @@ class BlockPool:
         return page_ids
 
     def take_dead_blocks(self) -> list[int]:
-        """Drains the pages whose content died since the last call (for poisoning them)."""
+        """Drains the pages whose content died since the last call (for poisoning them).
+
+        Pages that have left are not among them: rows may have been moved there by now.
+        """
         if not self._dead:
             return []
-        dead: list[int] = np.unique(np.concatenate(self._dead)).tolist()
+        dead = np.unique(np.concatenate(self._dead))
         self._dead.clear()
-        return dead
+        is_ours = self.ref_cnt[dead] != _NOT_OURS
+        ours: list[int] = np.compress(is_ours, dead).tolist()
+        return ours
 
     def _forget_content(self, block_ids: PageIds) -> int:
         """Makes blocks no longer reusable; returns how many were."""

@@ -352,13 +352,14 @@ class EmbeddingCache:
     def take_dead_slots(self) -> npt.NDArray[np.int64]:
         """Drains the slots whose row died since the last call (for poisoning them).
 
-        Slots that hold a row again, moved there, are not among them.
+        Slots that hold a row again, moved there, are not among them, nor are those of pages that
+        have left: who has these now knows what they hold.
         """
         if not self._dead:
             return _NOTHING
         dead: npt.NDArray[np.int64] = np.unique(np.concatenate(self._dead))
         self._dead.clear()
-        is_empty = self._row_of_slot[dead] == NOWHERE
+        is_empty = (self._row_of_slot[dead] == NOWHERE) & self._pages.have(dead)
         return np.compress(is_empty, dead)
 
     def check_integrity(self) -> None:

@@ -53,6 +53,11 @@ class SlotPages:
         places = np.arange(self.rows_per_page, dtype=np.int64)
         return (page_ids[:, None] * self.rows_per_page + places).reshape(-1)
 
+    def have(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether slots (int64 [n]) are on pages that are here: bool [n]."""
+        is_here: npt.NDArray[np.bool_] = self._place[slots // self.rows_per_page] != _NOT_OURS
+        return is_here
+
     def add(self, page_ids: PageIds) -> None:
         """Takes pages (int64 [n]).
 
