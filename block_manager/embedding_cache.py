@@ -23,6 +23,8 @@ _NOTHING = np.empty(0, dtype=np.int64)
 _MIN_VICTIM_WINDOW = 1024
 """Slots looked at, at least, for the coldest ones: exact for small pools, bounded for large."""
 _VICTIM_WINDOW_FACTOR = 4
+_PAGES_REMEMBERED = 8
+"""With fewer pages counts age as with so many, or nothing would show that more are worth having."""
 _REFILL_WINDOW = 1 << 16
 """Rows of the table that one call looks at for hot ones that are absent."""
 
@@ -82,6 +84,11 @@ class EmbeddingCache:
     def num_slots(self) -> int:
         """Rows the tenant has room for."""
         return self._pages.num_slots
+
+    @property
+    def rows_per_page(self) -> int:
+        """Slots of a page."""
+        return self._pages.rows_per_page
 
     @property
     def num_rows(self) -> int:
@@ -232,8 +239,11 @@ class EmbeddingCache:
         self._pages.add(page_ids)
         slots = self._pages.slots_of(page_ids)
         self._free.put(slots)
-        self.policy.resize(self.num_slots)
+        self._resize_policy()
         return slots
+
+    def _resize_policy(self) -> None:
+        self.policy.resize(max(self.num_slots, _PAGES_REMEMBERED * self.rows_per_page))
 
     def shrink(self, limit: int) -> tuple[PageIds, RowMoves]:
         """Gives up to `limit` of the coldest pages away, between steps.
@@ -262,7 +272,7 @@ class EmbeddingCache:
             sources, destinations, self._slot_of_row, self._row_of_slot, self._last_use
         )
         self._evict(np.concatenate([homeless, cold]))
-        self.policy.resize(self.num_slots)
+        self._resize_policy()
         return page_ids, RowMoves(sources, destinations)
 
     def forget(self, moves: RowMoves) -> None:
