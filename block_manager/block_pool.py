@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from block_manager import kv_kernels
 from block_manager.block_hash import BlockHash
-from block_manager.block_hash_map import BlockHashToBlockMap, hash_words
+from block_manager.block_hash_map import BLOCK_HASHES, BlockHashToBlockMap, KeyFormat
 from block_manager.exceptions import IntegrityError
 from block_manager.free_queue import FreeKVCacheBlockQueue
-from block_manager.kv_kernels import NO_ROOM, NONE_BAD
+from block_manager.kv_kernels import NO_ROOM, NONE_BAD, OWN_KEY
 from block_manager.page_pool import PageIds
 
 _NOT_OURS = -1
@@ -26,10 +27,21 @@ _NOT_OURS = -1
 class BlockPool:
     """Owns the blocks of the KV tenant. The first page is the null block and never handed out."""
 
-    def __init__(self, page_ids: PageIds, track_dead: bool = False) -> None:
-        """Takes the KV tenant's pages, ascending; all but the null block start free.
+    def __init__(
+        self,
+        page_ids: PageIds,
+        track_dead: bool = False,
+        *,
+        key_format: KeyFormat = BLOCK_HASHES,
+        enable_caching: bool = True,
+    ) -> None:
+        """Takes the KV tenant's pages; all but the null block start free.
 
-        With `track_dead`, pages whose content died are remembered until they are drained.
+        Args:
+            page_ids: int64 [n], ascending.
+            track_dead: pages whose content died are remembered until they are drained.
+            key_format: what content is called by.
+            enable_caching: without it, freed blocks are the next to be handed out, hash or not.
         """
         self._pages = np.ascontiguousarray(page_ids, dtype=np.int64)
         self.null_block = int(page_ids[0])
@@ -40,7 +52,12 @@ class BlockPool:
         not the tenant's."""
         self.ref_cnt[self._pages] = 0
         self._free = FreeKVCacheBlockQueue(self._pages[1:], num_ids)
-        self._by_hash = BlockHashToBlockMap(num_ids)
+        self._by_hash = BlockHashToBlockMap(num_ids, key_format)
+        self._enable_caching = enable_caching
+        # What decides where a freed block goes in the free list.
+        self._worth_keeping = (
+            self._by_hash.key_kinds if enable_caching else np.zeros(num_ids, np.uint8)
+        )
         self.num_evictions = 0
         self._track_dead = track_dead
         self._dead: list[PageIds] = []
@@ -55,6 +72,16 @@ class BlockPool:
         self.get_new_blocks(0)
         self.allocate([], 0)
         self.free_blocks(nothing)
+
+    @property
+    def free_block_queue(self) -> FreeKVCacheBlockQueue:
+        """The free list."""
+        return self._free
+
+    @property
+    def cached_block_hash_to_block(self) -> BlockHashToBlockMap:
+        """Which blocks hold which content."""
+        return self._by_hash
 
     def page_ids(self) -> PageIds:
         """Pages of the tenant, int64, ascending."""
@@ -109,7 +136,7 @@ class BlockPool:
             self._free.links,
             self._by_hash.table,
             self._free.num_free_blocks,
-            hash_words(hashes),
+            self._by_hash.words(hashes),
             block_ids,
             forgotten,
         )
@@ -129,7 +156,8 @@ class BlockPool:
         """
         block_ids = self._free.popleft_n(num_blocks)
         self.ref_cnt[block_ids] = 1
-        self.num_evictions += self._forget_content(block_ids)
+        if self._enable_caching:
+            self.num_evictions += self._forget_content(block_ids)
         return block_ids
 
     def touch(self, block_ids: PageIds) -> None:
@@ -151,15 +179,28 @@ class BlockPool:
         Raises:
             IntegrityError: a block is not held that often.
         """
+        self._release(ordered_block_ids, self._worth_keeping)
+
+    def unpin_blocks(self, block_ids: PageIds) -> None:
+        """Takes a reader away; all blocks without readers go to the tail of the free list.
+
+        For blocks that others go on reading until they are handed out again.
+
+        Raises:
+            IntegrityError: a block is not held that often.
+        """
+        self._release(block_ids, np.full(len(self.ref_cnt), OWN_KEY, dtype=np.uint8))
+
+    def _release(self, block_ids: PageIds, worth_keeping: npt.NDArray[np.uint8]) -> None:
         bad, num_dead, num_reusable = kv_kernels.release(
             self.ref_cnt,
             self._free.links,
-            self._by_hash.has_hash,
+            worth_keeping,
             self.null_block,
-            _contiguous(ordered_block_ids),
+            _contiguous(block_ids),
         )
         if bad != NONE_BAD:
-            raise IntegrityError(f"block {ordered_block_ids[bad]} was freed without being held")
+            raise IntegrityError(f"block {block_ids[bad]} was freed without being held")
         self._free.num_free_blocks += num_dead + num_reusable
         if self._track_dead:
             self._bury(self._free.first_n(num_dead))

@@ -22,6 +22,13 @@ UNLINKED = -1
 NONE_BAD = -1
 NO_ROOM = -1
 
+OWN_KEY = 1
+MORE_KEYS = 2
+
+IN_BUCKET = 0
+OF_BLOCK = 1
+BLOCK = 2
+
 
 class FreeList(NamedTuple):
     """A doubly linked list; its two sentinels are the last two places."""
@@ -33,16 +40,22 @@ class FreeList(NamedTuple):
 
 
 class HashTable(NamedTuple):
-    """Blocks by the hash of their content; those of a bucket are chained."""
+    """Blocks by the keys of their content; entries of a bucket are chained.
+
+    A block's own key is the entry of the block's id. Further keys of a block, which an engine whose
+    blocks can be reused from their middle gives it, are entries behind those of all blocks.
+    """
 
     first: Int32Array
-    """Of each bucket's chain, or NO_BLOCK, int32 [buckets], a power of two."""
-    following: Int32Array
-    """The next one in the chain, or NO_BLOCK, int32 [num_ids]."""
+    """Entry of each bucket's chain, or NO_BLOCK, int32 [buckets], a power of two."""
+    links: Int32Array
+    """Of each entry IN_BUCKET: the next one in the chain; OF_BLOCK: the block's next key; both
+    NO_BLOCK at the end; BLOCK: whose key it is. int32 [num_ids + 1 + extras, 3]. The entry behind
+    those of the blocks is no key: OF_BLOCK it names the first unused extra, and that the next."""
     hashes: npt.NDArray[np.int64]
-    """int64 [num_ids, words]; the first word's lowest bits are the bucket."""
-    has_hash: npt.NDArray[np.bool_]
-    """bool [num_ids]."""
+    """int64 [num_ids + 1 + extras, words]; the first word's lowest bits are the bucket."""
+    key_kinds: npt.NDArray[np.uint8]
+    """Which kinds of key a block has: OWN_KEY, MORE_KEYS, both or 0, uint8 [num_ids]."""
 
 
 # ---------------------------------------------------------------- free list
@@ -100,88 +113,170 @@ def _holds(hashes: Any, block: Any, wanted: Any, place: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def find_prefix(table: Any, wanted: Any) -> Any:
-    """Blocks that hold the leading hashes (int64 [n, words]), up to the first that none holds."""
-    first, following, hashes = table.first, table.following, table.hashes
+    """Blocks that hold the leading keys (int64 [n, words]), up to the first that none holds."""
+    first, links, hashes = table.first, table.links, table.hashes
+    num_ids = len(table.key_kinds)
     found = np.empty(len(wanted), dtype=np.int64)
     # All buckets first: these reads do not wait for one another.
     for i in range(len(wanted)):
         found[i] = first[wanted[i, 0] & (len(first) - 1)]
     for i in range(len(wanted)):
-        block = found[i]
-        while block != NO_BLOCK and not _holds(hashes, block, wanted, i):
-            block = following[block]
-        if block == NO_BLOCK:
+        entry = found[i]
+        while entry != NO_BLOCK and not _holds(hashes, entry, wanted, i):
+            entry = links[entry, IN_BUCKET]
+        if entry == NO_BLOCK:
             return found[:i]
-        found[i] = block
+        found[i] = entry if entry < num_ids else links[entry, BLOCK]
     return found
 
 
 @njit(cache=True, nogil=True)
+def entries_of(table: Any, wanted: Any) -> Any:
+    """All entries of one key (int64 [1, words]) in the order in which they were made: int64."""
+    entries = np.empty(0, dtype=np.int64)
+    entry = table.first[wanted[0, 0] & (len(table.first) - 1)]
+    while entry != NO_BLOCK:
+        if _holds(table.hashes, entry, wanted, 0):
+            entries = np.append(entries, entry)
+        entry = table.links[entry, IN_BUCKET]
+    return entries
+
+
+@njit(cache=True, nogil=True)
+def _chain(table: Any, entry: Any, words: Any, place: Any) -> None:
+    first, links = table.first, table.links
+    table.hashes[entry] = words[place]
+    links[entry, IN_BUCKET] = NO_BLOCK
+    bucket = words[place, 0] & (len(first) - 1)
+    last = first[bucket]
+    if last == NO_BLOCK:
+        first[bucket] = entry
+        return
+    while links[last, IN_BUCKET] != NO_BLOCK:
+        last = links[last, IN_BUCKET]
+    links[last, IN_BUCKET] = entry
+
+
+@njit(cache=True, nogil=True)
+def _unchain(table: Any, entry: Any) -> None:
+    first, links = table.first, table.links
+    bucket = table.hashes[entry, 0] & (len(first) - 1)
+    before = first[bucket]
+    if before == entry:
+        first[bucket] = links[entry, IN_BUCKET]
+        return
+    while links[before, IN_BUCKET] != entry:
+        before = links[before, IN_BUCKET]
+    links[before, IN_BUCKET] = links[entry, IN_BUCKET]
+
+
+@njit(cache=True, nogil=True)
 def insert(table: Any, block_ids: Any, words: Any) -> Any:
-    """Gives each block its hash and puts it at the end of its bucket's chain.
+    """Gives each block its own key and puts it at the end of its bucket's chain.
 
     Returns:
-        The place of a block that carries a hash already or comes twice, then none is given one, or
-        NONE_BAD.
+        The place of a block that has its own key already or comes twice, then none is given one, or
+        NONE_BAD; and how many blocks had no key at all.
     """
-    first, following = table.first, table.following
-    hashes, has_hash = table.hashes, table.has_hash
-    for i in range(len(block_ids)):
-        if has_hash[block_ids[i]]:
-            for marked in block_ids[:i]:
-                has_hash[marked] = False
-            return i
-        has_hash[block_ids[i]] = True
+    kinds = table.key_kinds
+    num_keyless = 0
     for i in range(len(block_ids)):
         block = block_ids[i]
-        hashes[block] = words[i]
-        following[block] = NO_BLOCK
-        bucket = words[i, 0] & (len(first) - 1)
-        last = first[bucket]
-        if last == NO_BLOCK:
-            first[bucket] = block
-            continue
-        while following[last] != NO_BLOCK:
-            last = following[last]
-        following[last] = block
-    return NONE_BAD
+        if kinds[block] & OWN_KEY:
+            for marked in block_ids[:i]:
+                kinds[marked] &= MORE_KEYS
+            return i, 0
+        num_keyless += kinds[block] == 0
+        kinds[block] |= OWN_KEY
+    for i in range(len(block_ids)):
+        _chain(table, block_ids[i], words, i)
+    return NONE_BAD, num_keyless
 
 
 @njit(cache=True, nogil=True)
 def remove(table: Any, block_ids: Any) -> Any:
-    """Takes the hashes from distinct blocks and returns those that had one."""
-    first, following = table.first, table.following
-    hashes, has_hash = table.hashes, table.has_hash
+    """Takes all keys from distinct blocks and returns those that had one."""
+    kinds = table.key_kinds
     removed = np.empty(len(block_ids), dtype=np.int64)
     number = 0
     for block in block_ids:
-        if not has_hash[block]:
+        if not kinds[block]:
             continue
-        has_hash[block] = False
+        if kinds[block] & OWN_KEY:
+            _unchain(table, block)
+        if kinds[block] & MORE_KEYS:
+            _remove_extras(table, block)
+        kinds[block] = 0
         removed[number] = block
         number += 1
-        bucket = hashes[block, 0] & (len(first) - 1)
-        before = first[bucket]
-        if before == block:
-            first[bucket] = following[block]
-            continue
-        while following[before] != block:
-            before = following[before]
-        following[before] = following[block]
     return removed[:number]
 
 
 @njit(cache=True, nogil=True)
+def insert_extra(table: Any, block: Any, words: Any) -> None:
+    """Gives a block one further key, int64 [1, words]; an extra must be unused."""
+    links, num_ids = table.links, len(table.key_kinds)
+    extra = links[num_ids, OF_BLOCK]
+    links[num_ids, OF_BLOCK] = links[extra, OF_BLOCK]
+    last = block
+    while links[last, OF_BLOCK] != NO_BLOCK:
+        last = links[last, OF_BLOCK]
+    links[last, OF_BLOCK] = extra
+    links[extra, OF_BLOCK] = NO_BLOCK
+    links[extra, BLOCK] = block
+    table.key_kinds[block] |= MORE_KEYS
+    _chain(table, extra, words, 0)
+
+
+@njit(cache=True, nogil=True)
+def remove_entry(table: Any, entry: Any) -> None:
+    """Takes one key from the block that has it."""
+    links = table.links
+    block = links[entry, BLOCK]
+    if entry == block:
+        _unchain(table, entry)
+        table.key_kinds[block] &= MORE_KEYS
+        return
+    before = block
+    while links[before, OF_BLOCK] != entry:
+        before = links[before, OF_BLOCK]
+    links[before, OF_BLOCK] = links[entry, OF_BLOCK]
+    if links[block, OF_BLOCK] == NO_BLOCK:
+        table.key_kinds[block] &= OWN_KEY
+    _discard(table, entry)
+
+
+@njit(cache=True, nogil=True)
+def _remove_extras(table: Any, block: Any) -> None:
+    links = table.links
+    entry = links[block, OF_BLOCK]
+    links[block, OF_BLOCK] = NO_BLOCK
+    while entry != NO_BLOCK:
+        after = links[entry, OF_BLOCK]
+        _discard(table, entry)
+        entry = after
+
+
+@njit(cache=True, nogil=True)
+def _discard(table: Any, extra: Any) -> None:
+    links, num_ids = table.links, len(table.key_kinds)
+    _unchain(table, extra)
+    links[extra, BLOCK] = NO_BLOCK
+    links[extra, OF_BLOCK] = links[num_ids, OF_BLOCK]
+    links[num_ids, OF_BLOCK] = extra
+
+
+@njit(cache=True, nogil=True)
 def reached(table: Any) -> Any:
-    """Which blocks are in the chain of the bucket that their hash names: bool [num_ids]."""
-    first, following, hashes = table.first, table.following, table.hashes
-    is_reached = np.zeros(len(following), dtype=np.bool_)
+    """Which entries are in the chain of the bucket that their key names: bool [entries]."""
+    first, links, hashes = table.first, table.links, table.hashes
+    is_reached = np.zeros(len(links), dtype=np.bool_)
     for bucket in range(len(first)):
-        block = first[bucket]
-        # A block that was met before closes a ring, and its second place is wrong.
-        while block != NO_BLOCK and not is_reached[block]:
-            is_reached[block] = hashes[block, 0] & (len(first) - 1) == bucket
-            block = following[block] if is_reached[block] else NO_BLOCK
+        entry = first[bucket]
+        # An entry that was met before closes a ring, and its second place is wrong.
+        while entry != NO_BLOCK and not is_reached[entry]:
+            is_reached[entry] = hashes[entry, 0] & (len(first) - 1) == bucket
+            entry = links[entry, IN_BUCKET] if is_reached[entry] else NO_BLOCK
     return is_reached
 
 
@@ -250,10 +345,11 @@ def allocate(
 
 
 @njit(cache=True, nogil=True)
-def release(ref_cnt: Any, free: Any, has_hash: Any, null_block: Any, block_ids: Any) -> Any:
+def release(ref_cnt: Any, free: Any, kinds: Any, null_block: Any, block_ids: Any) -> Any:
     """Counts a reader of each block less; those without any enter the free list.
 
-    In the given order, those without a hash at its head and those with one at its tail.
+    In the given order, those without their own key (`kinds`, uint8 [num_ids]) at its head and those
+    with one at its tail.
 
     Returns:
         The place of an id that is not held, then nothing has changed, or NONE_BAD; how many blocks
@@ -268,7 +364,7 @@ def release(ref_cnt: Any, free: Any, has_hash: Any, null_block: Any, block_ids: 
                 ref_cnt[counted] += 1
             return i, 0, 0
         ref_cnt[block] -= 1
-        if ref_cnt[block] == 0 and has_hash[block]:
+        if ref_cnt[block] == 0 and kinds[block] & OWN_KEY:
             reusable[num_reusable] = block
             num_reusable += 1
         elif ref_cnt[block] == 0:
