@@ -9,7 +9,7 @@ those of `KVCacheBlock` and `FreeKVCacheBlockQueue` (v1/core/kv_cache_utils.py) 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,16 +37,17 @@ class KVCacheBlock:
     __slots__ = ("block_id", "is_null", "pool")
 
 
+# The class that a view is mixed into has the places of its attributes.
+_NONE: tuple[str, ...] = ()
+
+
 class BlockView:
     """A block of a pool, mixed into a class of blocks by `block_class`."""
 
-    __slots__ = ()
-    if TYPE_CHECKING:
-        # Their places are in the class that this one is mixed into.
-        __slots__ = ("block_id", "is_null", "pool")
-        block_id: int
-        pool: BlockHolder
-        is_null: bool
+    __slots__ = _NONE
+    block_id: int
+    pool: BlockHolder
+    is_null: bool
 
     def __init__(self, block_id: int, pool: BlockHolder) -> None:
         self.block_id = block_id

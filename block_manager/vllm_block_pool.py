@@ -226,7 +226,7 @@ class VllmBlockPool:
     def get_cached_block(
         self, block_hash: bytes, kv_cache_group_ids: Sequence[int]
     ) -> list[Any] | None:
-        """Each group's block with this content, the first that got it; None where one is missing."""
+        """Each group's block with this content, the first that got it; None if one is missing."""
         keys = [group_key(block_hash, group) for group in kv_cache_group_ids]
         found = self.books.cached_block_hash_to_block.find_prefix(keys)
         if len(found) < len(keys):
@@ -348,9 +348,12 @@ class VllmBlockPool:
 
     def _insert_block_hash(self, key: bytes, block: Any, num_tokens: int | None) -> None:
         """Lets lookups find a block by a key: its own if it has none, else a further one."""
-        if block.block_hash == key:
+        index = self.books.cached_block_hash_to_block
+        if block.pool is self and not index.key_kinds[block.block_id]:
+            index.insert(np.array([block.block_id]), [key])
+            self.hashed_tokens[block.block_id] = UNKNOWN if num_tokens is None else num_tokens
             return
-        if self.cached_block_hash_to_block.contain(key, block.block_id):
+        if block.block_hash == key or self.cached_block_hash_to_block.contain(key, block.block_id):
             return
         if block.block_hash is None:
             block.set_block_hash(key, num_tokens=num_tokens)

@@ -49,7 +49,9 @@ class Ours(VllmBlockPool):
 class OursWithEmb(Ours):
     """The same, in a pool of pages of which an EMB tenant without rows holds the last ones."""
 
-    def __init__(self, num_gpu_blocks: int, enable_caching: bool, *args: Any, **kwargs: Any):
+    def __init__(
+        self, num_gpu_blocks: int, enable_caching: bool, *args: Any, **kwargs: Any
+    ) -> None:
         layout = PoolLayout(
             page_bytes=256,
             num_pages=num_gpu_blocks + EMB_PAGES,
