@@ -29,9 +29,9 @@ from block_manager.vllm_block_pool import VllmBlockPool
 POOL_BLOCKS = 10_001
 HASH_TOKENS = 16
 REQUEST_BLOCKS = (32, 256)
-TURNS = 200
-QUICK_TURNS = 40
-CALLS_PER_TURN = 100
+TURNS = 2000
+QUICK_TURNS = 400
+CALLS_PER_TURN = 10
 
 Figures = dict[str, dict[str, float]]
 
