@@ -26,6 +26,7 @@ from block_manager.vllm_block_pool import VllmBlockPool
 
 EMB_PAGES = 7
 ROWS_PER_PAGE = 4
+NUM_ROWS = 100
 
 unchecked: list[Ours] = []
 """Pools that the running test made."""
@@ -56,15 +57,21 @@ class OursWithEmb(Ours):
             page_bytes=256,
             num_pages=num_gpu_blocks + EMB_PAGES,
             num_emb_pages=EMB_PAGES,
+            min_kv_pages=num_gpu_blocks,
             block_tokens=1,
             row_bytes=64,
             rows_per_page=ROWS_PER_PAGE,
             staging_rows=0,
         )
         self.pages = PagePool(layout)
-        self.emb = EmbeddingCache(self.pages.pages_of(Tenant.EMB), ROWS_PER_PAGE, num_rows=100)
+        self.emb = EmbeddingCache(
+            self.pages.pages_of(Tenant.EMB), ROWS_PER_PAGE, NUM_ROWS, layout.num_pages
+        )
         books = BlockPool(
-            self.pages.pages_of(Tenant.KV), key_format=GROUP_KEYS, enable_caching=enable_caching
+            self.pages.pages_of(Tenant.KV),
+            layout.num_pages,
+            key_format=GROUP_KEYS,
+            enable_caching=enable_caching,
         )
         super().__init__(num_gpu_blocks, enable_caching, *args, books=books, **kwargs)
 
