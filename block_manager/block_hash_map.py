@@ -70,8 +70,8 @@ class BlockHashToBlockMap:
         # A power of two, and one bucket per block at least. Hashes are cryptographic and cover a
         # secret, so nobody can aim at a bucket.
         self._first = np.full(1 << num_ids.bit_length(), NO_BLOCK, dtype=np.int32)
-        self._links = np.full((num_ids + 1, 3), NO_BLOCK, dtype=np.int32)
-        self._links[:num_ids, BLOCK] = np.arange(num_ids)
+        self._links = np.full((3, num_ids + 1), NO_BLOCK, dtype=np.int32)
+        self._links[BLOCK, :num_ids] = np.arange(num_ids)
         self.table = HashTable(self._first, self._links, self._hashes, self.key_kinds)
         """What kernels work on; whoever lets one do so counts `num_blocks` too."""
         self.num_blocks = 0
@@ -110,31 +110,31 @@ class BlockHashToBlockMap:
     def insert_extra(self, block: int, key: bytes) -> None:
         """Gives a block one more key."""
         words = self.words([key])
-        if self._links[len(self.key_kinds), OF_BLOCK] == NO_BLOCK:
+        if self._links[OF_BLOCK, len(self.key_kinds)] == NO_BLOCK:
             self._add_extras()
         self.num_blocks += not self.key_kinds[block]
         kv_kernels.insert_extra(self.table, block, words)
 
     def _add_extras(self) -> None:
-        old = len(self._links)
+        old = len(self._hashes)
         new = max(64, old - len(self.key_kinds))
-        links = np.full((new, 3), NO_BLOCK, dtype=np.int32)
-        links[:-1, OF_BLOCK] = np.arange(old + 1, old + new)
-        self._links = np.concatenate([self._links, links])
-        self._links[len(self.key_kinds), OF_BLOCK] = old
+        links = np.full((3, new), NO_BLOCK, dtype=np.int32)
+        links[OF_BLOCK, :-1] = np.arange(old + 1, old + new)
+        self._links = np.concatenate([self._links, links], axis=1)
+        self._links[OF_BLOCK, len(self.key_kinds)] = old
         no_words = np.zeros((new, self._hashes.shape[1]), dtype=np.int64)
         self._hashes = np.concatenate([self._hashes, no_words])
         self.table = HashTable(self._first, self._links, self._hashes, self.key_kinds)
 
     def holders(self, key: bytes) -> list[int]:
         """All blocks that carry a key, in the order in which they got it."""
-        blocks: list[int] = self._links[self._entries_of(key), BLOCK].tolist()
+        blocks: list[int] = self._links[BLOCK, self._entries_of(key)].tolist()
         return blocks
 
     def pop_key(self, block: int, key: bytes) -> bool:
         """Takes one key from a block; whether the block had it."""
         for entry in self._entries_of(key):
-            if self._links[entry, BLOCK] == block:
+            if self._links[BLOCK, entry] == block:
                 kv_kernels.remove_entry(self.table, entry)
                 self.num_blocks -= not self.key_kinds[block]
                 return True
@@ -147,10 +147,10 @@ class BlockHashToBlockMap:
     def extra_words(self, block: int) -> list[KeyWords]:
         """A block's further keys as int64 [words], in the order in which they came."""
         found = []
-        entry = self._links[block, OF_BLOCK]
+        entry = self._links[OF_BLOCK, block]
         while entry != NO_BLOCK:
             found.append(self._hashes[entry])
-            entry = self._links[entry, OF_BLOCK]
+            entry = self._links[OF_BLOCK, entry]
         return found
 
     def _entries_of(self, key: bytes) -> npt.NDArray[np.int64]:
@@ -171,7 +171,7 @@ class BlockHashToBlockMap:
             raise IntegrityError(f"KV: block {block} is missing from the hash index")
         for block in np.flatnonzero(is_own & ~has_own)[:1]:
             raise IntegrityError(f"KV: the hash index holds block {block}, which carries no hash")
-        owners = self._links[num_ids:, BLOCK]
+        owners = self._links[BLOCK, num_ids:]
         if not np.array_equal(is_extra, owners != NO_BLOCK):
             raise IntegrityError("KV: the hash index and the blocks' further keys differ")
         has_more = (self.key_kinds & MORE_KEYS) > 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from block_manager import kv_kernels
 from block_manager.block_hash import BlockHash
@@ -178,36 +177,27 @@ class BlockPool:
             raise IntegrityError(f"block {block_ids[bad]} is not the KV tenant's")
         self._free.remove(idle)
 
-    def free_blocks(self, ordered_block_ids: PageIds) -> None:
+    def free_blocks(self, ordered_block_ids: PageIds, keep_all: bool = False) -> None:
         """Takes a reader away; the first block without readers is the first to be evicted.
 
-        Blocks without reusable content go to the front of the free list, the others to its tail.
+        Blocks without reusable content go to the front of the free list, the others to its tail;
+        with `keep_all` all go to its tail, where they may be read until they are handed out.
 
         Raises:
             IntegrityError: a block is not held that often.
         """
-        self._release(ordered_block_ids, self._worth_keeping)
-
-    def unpin_blocks(self, block_ids: PageIds) -> None:
-        """Takes a reader away; all blocks without readers go to the tail of the free list.
-
-        For blocks that others go on reading until they are handed out again.
-
-        Raises:
-            IntegrityError: a block is not held that often.
-        """
-        self._release(block_ids, np.full(len(self.ref_cnt), OWN_KEY, dtype=np.uint8))
-
-    def _release(self, block_ids: PageIds, worth_keeping: npt.NDArray[np.uint8]) -> None:
+        worth_keeping = self._worth_keeping
+        if keep_all:
+            worth_keeping = np.full(len(self.ref_cnt), OWN_KEY, dtype=np.uint8)
         bad, num_dead, num_reusable = kv_kernels.release(
             self.ref_cnt,
             self._free.links,
             worth_keeping,
             self.null_block,
-            _contiguous(block_ids),
+            _contiguous(ordered_block_ids),
         )
         if bad != NONE_BAD:
-            raise IntegrityError(f"block {block_ids[bad]} was freed without being held")
+            raise IntegrityError(f"block {ordered_block_ids[bad]} was freed without being held")
         self._free.num_free_blocks += num_dead + num_reusable
         if self._track_dead:
             self._bury(self._free.first_n(num_dead))

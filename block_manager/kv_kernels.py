@@ -50,7 +50,7 @@ class HashTable(NamedTuple):
     """Entry of each bucket's chain, or NO_BLOCK, int32 [buckets], a power of two."""
     links: Int32Array
     """Of each entry IN_BUCKET: the next one in the chain; OF_BLOCK: the block's next key; both
-    NO_BLOCK at the end; BLOCK: whose key it is. int32 [num_ids + 1 + extras, 3]. The entry behind
+    NO_BLOCK at the end; BLOCK: whose key it is. int32 [3, num_ids + 1 + extras]. The entry behind
     those of the blocks is no key: OF_BLOCK it names the first unused extra, and that the next."""
     hashes: npt.NDArray[np.int64]
     """int64 [num_ids + 1 + extras, words]; the first word's lowest bits are the bucket."""
@@ -123,10 +123,10 @@ def find_prefix(table: Any, wanted: Any) -> Any:
     for i in range(len(wanted)):
         entry = found[i]
         while entry != NO_BLOCK and not _holds(hashes, entry, wanted, i):
-            entry = links[entry, IN_BUCKET]
+            entry = links[IN_BUCKET, entry]
         if entry == NO_BLOCK:
             return found[:i]
-        found[i] = entry if entry < num_ids else links[entry, BLOCK]
+        found[i] = entry if entry < num_ids else links[BLOCK, entry]
     return found
 
 
@@ -138,36 +138,44 @@ def entries_of(table: Any, wanted: Any) -> Any:
     while entry != NO_BLOCK:
         if _holds(table.hashes, entry, wanted, 0):
             entries = np.append(entries, entry)
-        entry = table.links[entry, IN_BUCKET]
+        entry = table.links[IN_BUCKET, entry]
     return entries
 
 
+# Many entries in one call: to hand the table over counts a reference to each of its arrays, which
+# takes longer than an entry does.
 @njit(cache=True, nogil=True)
-def _chain(table: Any, entry: Any, words: Any, place: Any) -> None:
-    first, links = table.first, table.links
-    table.hashes[entry] = words[place]
-    links[entry, IN_BUCKET] = NO_BLOCK
-    bucket = words[place, 0] & (len(first) - 1)
-    last = first[bucket]
-    if last == NO_BLOCK:
-        first[bucket] = entry
-        return
-    while links[last, IN_BUCKET] != NO_BLOCK:
-        last = links[last, IN_BUCKET]
-    links[last, IN_BUCKET] = entry
+def _chain(table: Any, entries: Any, words: Any) -> None:
+    """Gives entries their keys and puts each at the end of its bucket's chain."""
+    first, following, hashes = table.first, table.links[IN_BUCKET], table.hashes
+    for i in range(len(entries)):
+        entry = entries[i]
+        for word in range(hashes.shape[1]):
+            hashes[entry, word] = words[i, word]
+        following[entry] = NO_BLOCK
+        bucket = words[i, 0] & (len(first) - 1)
+        last = first[bucket]
+        if last == NO_BLOCK:
+            first[bucket] = entry
+            continue
+        while following[last] != NO_BLOCK:
+            last = following[last]
+        following[last] = entry
 
 
 @njit(cache=True, nogil=True)
-def _unchain(table: Any, entry: Any) -> None:
-    first, links = table.first, table.links
-    bucket = table.hashes[entry, 0] & (len(first) - 1)
-    before = first[bucket]
-    if before == entry:
-        first[bucket] = links[entry, IN_BUCKET]
-        return
-    while links[before, IN_BUCKET] != entry:
-        before = links[before, IN_BUCKET]
-    links[before, IN_BUCKET] = links[entry, IN_BUCKET]
+def _unchain(table: Any, entries: Any) -> None:
+    """Takes entries out of their buckets' chains."""
+    first, following, hashes = table.first, table.links[IN_BUCKET], table.hashes
+    for entry in entries:
+        bucket = hashes[entry, 0] & (len(first) - 1)
+        before = first[bucket]
+        if before == entry:
+            first[bucket] = following[entry]
+            continue
+        while following[before] != entry:
+            before = following[before]
+        following[before] = following[entry]
 
 
 @njit(cache=True, nogil=True)
@@ -181,15 +189,14 @@ def insert(table: Any, block_ids: Any, words: Any) -> Any:
     kinds = table.key_kinds
     num_keyless = 0
     for i in range(len(block_ids)):
-        block = block_ids[i]
-        if kinds[block] & OWN_KEY:
+        kind = kinds[block_ids[i]]
+        if kind & OWN_KEY:
             for marked in block_ids[:i]:
                 kinds[marked] &= MORE_KEYS
             return i, 0
-        num_keyless += kinds[block] == 0
-        kinds[block] |= OWN_KEY
-    for i in range(len(block_ids)):
-        _chain(table, block_ids[i], words, i)
+        num_keyless += kind == 0
+        kinds[block_ids[i]] = kind | OWN_KEY
+    _chain(table, block_ids, words)
     return NONE_BAD, num_keyless
 
 
@@ -197,86 +204,81 @@ def insert(table: Any, block_ids: Any, words: Any) -> Any:
 def remove(table: Any, block_ids: Any) -> Any:
     """Takes all keys from distinct blocks and returns those that had one."""
     kinds = table.key_kinds
-    removed = np.empty(len(block_ids), dtype=np.int64)
-    number = 0
+    removed, own = np.empty_like(block_ids), np.empty_like(block_ids)
+    number = num_own = 0
+    has_more = False
     for block in block_ids:
-        if not kinds[block]:
+        kind = kinds[block]
+        if kind == 0:
             continue
-        if kinds[block] & OWN_KEY:
-            _unchain(table, block)
-        if kinds[block] & MORE_KEYS:
-            _remove_extras(table, block)
-        kinds[block] = 0
         removed[number] = block
         number += 1
+        has_more |= kind & MORE_KEYS > 0
+        if kind & OWN_KEY:
+            own[num_own] = block
+            num_own += 1
+            kinds[block] = kind & MORE_KEYS
+    _unchain(table, own[:num_own])
+    if has_more:
+        _remove_extras(table, removed[:number])
     return removed[:number]
+
+
+@njit(cache=True, nogil=True)
+def _remove_extras(table: Any, block_ids: Any) -> None:
+    links = table.links
+    for block in block_ids:
+        while links[OF_BLOCK, block] != NO_BLOCK:
+            remove_entry(table, links[OF_BLOCK, block])
 
 
 @njit(cache=True, nogil=True)
 def insert_extra(table: Any, block: Any, words: Any) -> None:
     """Gives a block one further key, int64 [1, words]; an extra must be unused."""
     links, num_ids = table.links, len(table.key_kinds)
-    extra = links[num_ids, OF_BLOCK]
-    links[num_ids, OF_BLOCK] = links[extra, OF_BLOCK]
+    extra = links[OF_BLOCK, num_ids]
+    links[OF_BLOCK, num_ids] = links[OF_BLOCK, extra]
     last = block
-    while links[last, OF_BLOCK] != NO_BLOCK:
-        last = links[last, OF_BLOCK]
-    links[last, OF_BLOCK] = extra
-    links[extra, OF_BLOCK] = NO_BLOCK
-    links[extra, BLOCK] = block
+    while links[OF_BLOCK, last] != NO_BLOCK:
+        last = links[OF_BLOCK, last]
+    links[OF_BLOCK, last] = extra
+    links[OF_BLOCK, extra] = NO_BLOCK
+    links[BLOCK, extra] = block
     table.key_kinds[block] |= MORE_KEYS
-    _chain(table, extra, words, 0)
+    _chain(table, np.array([extra]), words)
 
 
 @njit(cache=True, nogil=True)
 def remove_entry(table: Any, entry: Any) -> None:
     """Takes one key from the block that has it."""
-    links = table.links
-    block = links[entry, BLOCK]
+    links, num_ids = table.links, len(table.key_kinds)
+    _unchain(table, np.array([entry]))
+    block = links[BLOCK, entry]
     if entry == block:
-        _unchain(table, entry)
         table.key_kinds[block] &= MORE_KEYS
         return
     before = block
-    while links[before, OF_BLOCK] != entry:
-        before = links[before, OF_BLOCK]
-    links[before, OF_BLOCK] = links[entry, OF_BLOCK]
-    if links[block, OF_BLOCK] == NO_BLOCK:
+    while links[OF_BLOCK, before] != entry:
+        before = links[OF_BLOCK, before]
+    links[OF_BLOCK, before] = links[OF_BLOCK, entry]
+    if links[OF_BLOCK, block] == NO_BLOCK:
         table.key_kinds[block] &= OWN_KEY
-    _discard(table, entry)
-
-
-@njit(cache=True, nogil=True)
-def _remove_extras(table: Any, block: Any) -> None:
-    links = table.links
-    entry = links[block, OF_BLOCK]
-    links[block, OF_BLOCK] = NO_BLOCK
-    while entry != NO_BLOCK:
-        after = links[entry, OF_BLOCK]
-        _discard(table, entry)
-        entry = after
-
-
-@njit(cache=True, nogil=True)
-def _discard(table: Any, extra: Any) -> None:
-    links, num_ids = table.links, len(table.key_kinds)
-    _unchain(table, extra)
-    links[extra, BLOCK] = NO_BLOCK
-    links[extra, OF_BLOCK] = links[num_ids, OF_BLOCK]
-    links[num_ids, OF_BLOCK] = extra
+    links[BLOCK, entry] = NO_BLOCK
+    links[OF_BLOCK, entry] = links[OF_BLOCK, num_ids]
+    links[OF_BLOCK, num_ids] = entry
 
 
 @njit(cache=True, nogil=True)
 def reached(table: Any) -> Any:
     """Which entries are in the chain of the bucket that their key names: bool [entries]."""
     first, links, hashes = table.first, table.links, table.hashes
-    is_reached = np.zeros(len(links), dtype=np.bool_)
+    is_reached = np.zeros(len(hashes), dtype=np.bool_)
     for bucket in range(len(first)):
         entry = first[bucket]
         # An entry that was met before closes a ring, and its second place is wrong.
         while entry != NO_BLOCK and not is_reached[entry]:
             is_reached[entry] = hashes[entry, 0] & (len(first) - 1) == bucket
-            entry = links[entry, IN_BUCKET] if is_reached[entry] else NO_BLOCK
+            entry = links[IN_BUCKET, entry] if is_reached[entry] else NO_BLOCK
     return is_reached
 
 

@@ -214,7 +214,8 @@ class VllmBlockPool:
             IntegrityError: a block is not held that often.
         """
         blocks = list(blocks)
-        self.books.unpin_blocks(np.array([block.block_id for block in blocks], dtype=np.int64))
+        block_ids = np.array([block.block_id for block in blocks], dtype=np.int64)
+        self.books.free_blocks(block_ids, keep_all=True)
         self._reuse_watchers.update((block.block_id, on_reuse) for block in blocks)
 
     def is_block_writable(self, block: Any) -> bool:

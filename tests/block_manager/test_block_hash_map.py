@@ -107,6 +107,6 @@ def test_self_check_finds_a_block_in_the_wrong_bucket(table: BlockHashToBlockMap
 
 
 def test_self_check_ends_where_a_bucket_runs_in_a_ring(table: BlockHashToBlockMap) -> None:
-    table._links[3, IN_BUCKET] = 5
+    table._links[IN_BUCKET, 3] = 5
     with pytest.raises(IntegrityError, match=r"block 6 .*missing"):
         table.check_integrity()
