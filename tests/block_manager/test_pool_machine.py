@@ -167,7 +167,16 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.boundary.lag_pages == wanted - len(self.plain_emb.pages)
 
     @precondition(lambda self: not (self.open or self.planned or len(self.moves)))
-    @rule()
+    @rule(percents=st.lists(st.integers(0, 150), min_size=1, max_size=3))
+    def move_between_steps(self, percents: list[int]) -> None:
+        """As an engine without requests does, under somebody who cannot make up their mind."""
+        for percent in percents:
+            if percent <= 100:
+                self.set_target(percent)
+            self.move_boundary()
+            if len(self.moves):
+                break  # These copies make a step.
+
     def move_boundary(self) -> None:
         lag = self.boundary.lag_pages
         limit = min(abs(lag), self.boundary.max_pages_per_step)
