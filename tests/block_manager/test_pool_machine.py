@@ -409,6 +409,10 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.memory.row_at(slot) is None
         for block in self.plain_kv.free:
             assert block in self.plain_kv.content or not any(self.memory.tokens[block])
+        # Nor is anything left of what another tenant's page once held.
+        assert not any(any(self.memory.tokens[page]) for page in self.plain_emb.pages)
+        rows = [row for page in self.plain_kv.readers for row in self.memory.rows[page]]
+        assert not [row for row in rows if row is not None]
 
     @invariant()
     def books_add_up(self) -> None:
