@@ -40,7 +40,7 @@ USERS = ("ada", "bob", "eve", None)
 """The last one does not say who it is: nothing is reused."""
 
 batches = st.tuples(
-    st.integers(0, NUM_ROWS - 1), st.sampled_from([1, 5, 11]), st.integers(0, 12), st.integers(1, 6)
+    st.integers(0, NUM_ROWS - 1), st.sampled_from([1, 5, 11]), st.integers(0, 12), st.integers(1, 40)
 )
 """Rows of a step: the first, how far they lie apart, their number, how often the first is used."""
 chunks = st.integers(0, 2 * BLOCK_TOKENS)
@@ -379,7 +379,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.kv.free(name)
         self.plain_kv.let_go(name)
 
-    @rule(what=st.integers(0, 60))
+    @rule(what=st.integers(0, 24))
     def withdraw_or_forget(self, what: int) -> None:
         """A request, or now and then what is cached of a user or of all."""
         if what < len(USERS) - 1:
