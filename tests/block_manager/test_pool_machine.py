@@ -40,7 +40,7 @@ USERS = ("ada", "bob", "eve", None)
 """The last one does not say who it is: nothing is reused."""
 
 batches = st.tuples(
-    st.integers(0, NUM_ROWS - 1), st.sampled_from([1, 5, 11]), st.integers(0, 12), st.integers(1, 6)
+    st.integers(0, NUM_ROWS - 1), st.sampled_from([1, 5, 11]), st.integers(0, 12), st.integers(1, 40)
 )
 """Rows of a step: the first, how far they lie apart, their number, how often the first is used."""
 chunks = st.integers(0, 2 * BLOCK_TOKENS)
@@ -167,7 +167,16 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.boundary.lag_pages == wanted - len(self.plain_emb.pages)
 
     @precondition(lambda self: not (self.open or self.planned or len(self.moves)))
-    @rule()
+    @rule(percents=st.lists(st.integers(0, 150), min_size=1, max_size=3))
+    def move_between_steps(self, percents: list[int]) -> None:
+        """As an engine without requests does, under somebody who cannot make up their mind."""
+        for percent in percents:
+            if percent <= 100:
+                self.set_target(percent)
+            self.move_boundary()
+            if len(self.moves):
+                break  # These copies make a step.
+
     def move_boundary(self) -> None:
         lag = self.boundary.lag_pages
         limit = min(abs(lag), self.boundary.max_pages_per_step)
@@ -370,7 +379,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.kv.free(name)
         self.plain_kv.let_go(name)
 
-    @rule(what=st.integers(0, 60))
+    @rule(what=st.integers(0, 24))
     def withdraw_or_forget(self, what: int) -> None:
         """A request, or now and then what is cached of a user or of all."""
         if what < len(USERS) - 1:
@@ -400,6 +409,10 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.memory.row_at(slot) is None
         for block in self.plain_kv.free:
             assert block in self.plain_kv.content or not any(self.memory.tokens[block])
+        # Nor is anything left of what another tenant's page once held.
+        assert not any(any(self.memory.tokens[page]) for page in self.plain_emb.pages)
+        rows = [row for page in self.plain_kv.readers for row in self.memory.rows[page]]
+        assert not [row for row in rows if row is not None]
 
     @invariant()
     def books_add_up(self) -> None:
