@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks import pool as benchmark
-from benchmarks.pool import LAYOUT, Pool, Tenant, bytes_held, make_evictable, measure_moves
+from benchmarks.pool import LAYOUT, Pool, bytes_held, make_evictable, measure_moves
 from block_manager.block_pool import BlockPool
+from block_manager.page_pool import Tenant
 from tests.e2e.running_server import REPOSITORY
 
 
