@@ -151,6 +151,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "max_num_batched_tokens": _COUNT,
     "max_num_seqs": _COUNT,
     "max_num_waiting": _COUNT,
+    "max_pages_per_step": _COUNT,
     "max_body_bytes": _SIZE,
     "max_history_events": _COUNT,
     "max_candidates": _COUNT,
@@ -167,7 +168,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "api_key_file": _PATH,
     "admin_key_file": _PATH,
 }
-_WITHOUT_DEFAULT = {
+_WITHOUT_DEFAULT = {"max-pages-per-step", 
     "served-model-name", "otlp-traces-endpoint", "api-key-file", "admin-key-file",
 }  # fmt: skip
 
