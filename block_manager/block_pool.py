@@ -26,20 +26,25 @@ _NOT_OURS = -1
 class BlockPool:
     """Owns the blocks of the KV tenant. The first page is the null block and never handed out."""
 
-    def __init__(self, page_ids: PageIds, track_dead: bool = False) -> None:
-        """Takes the KV tenant's pages, ascending; all but the null block start free.
+    def __init__(
+        self, page_ids: PageIds, num_pages: int | None = None, track_dead: bool = False
+    ) -> None:
+        """Takes the KV tenant's pages; all but the null block start free.
 
-        With `track_dead`, pages whose content died are remembered until they are drained.
+        Args:
+            page_ids: int64 [n], ascending.
+            num_pages: every page that ever comes is below it; by default none comes.
+            track_dead: pages whose content died are remembered until they are drained.
         """
-        self._pages = np.ascontiguousarray(page_ids, dtype=np.int64)
         self.null_block = int(page_ids[0])
         """Id of the null block."""
-        num_ids = int(page_ids[-1]) + 1
+        num_ids = int(page_ids[-1]) + 1 if num_pages is None else num_pages
         self.ref_cnt = np.full(num_ids, _NOT_OURS, dtype=np.int32)
         """Running requests that read or write each block, by block id; below 0 where the page is
         not the tenant's."""
-        self.ref_cnt[self._pages] = 0
-        self._free = FreeKVCacheBlockQueue(self._pages[1:], num_ids)
+        self.ref_cnt[page_ids] = 0
+        self._num_pages = len(page_ids)
+        self._free = FreeKVCacheBlockQueue(_contiguous(page_ids[1:]), num_ids)
         self._by_hash = BlockHashToBlockMap(num_ids)
         self.num_evictions = 0
         self._track_dead = track_dead
@@ -48,7 +53,7 @@ class BlockPool:
 
     def _load_kernels(self) -> None:
         """Makes every operation once, on no block: compiling is not for a request to wait for."""
-        nothing = self._pages[:0]
+        nothing = np.empty(0, dtype=np.int64)
         self.find_cached_prefix([], 0)
         self.touch(nothing)
         self.cache_blocks(nothing, [])
@@ -58,7 +63,12 @@ class BlockPool:
 
     def page_ids(self) -> PageIds:
         """Pages of the tenant, int64, ascending."""
-        return self._pages
+        return np.flatnonzero(self.ref_cnt != _NOT_OURS)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the tenant, the null block among them."""
+        return self._num_pages
 
     @property
     def num_free_blocks(self) -> int:
@@ -68,12 +78,12 @@ class BlockPool:
     @property
     def num_held_blocks(self) -> int:
         """Blocks that running requests hold."""
-        return len(self._pages) - 1 - self._free.num_free_blocks
+        return self._num_pages - 1 - self._free.num_free_blocks
 
     @property
     def usage(self) -> float:
         """Share of the blocks that running requests hold, 0..1."""
-        return self.num_held_blocks / max(1, len(self._pages) - 1)
+        return self.num_held_blocks / max(1, self._num_pages - 1)
 
     @property
     def num_cached_blocks(self) -> int:
@@ -190,8 +200,33 @@ class BlockPool:
         """Forgets all reusable content; False, and nothing done, while blocks are held."""
         if self.num_held_blocks:
             return False
-        self._forget_content(self._pages)
+        self._forget_content(self.page_ids())
         return True
+
+    def grow(self, page_ids: PageIds) -> None:
+        """Takes pages (int64 [n]) that are not the tenant's; they are the first to be handed out.
+
+        Raises:
+            IntegrityError: a page is the tenant's already.
+        """
+        page_ids = _contiguous(page_ids)
+        for page in page_ids[self.ref_cnt[page_ids] != _NOT_OURS][:1]:
+            raise IntegrityError(f"block {page} came twice")
+        self.ref_cnt[page_ids] = 0
+        self._num_pages += len(page_ids)
+        self._free.prepend_n(page_ids)
+        self._bury(page_ids)
+
+    def shrink(self, limit: int) -> PageIds:
+        """Gives up to `limit` free blocks away, those first that would be evicted first: int64 [n].
+
+        Blocks that requests hold stay until they are freed.
+        """
+        page_ids = self._free.popleft_n(max(0, min(limit, self.num_free_blocks)))
+        self.num_evictions += self._forget_content(page_ids)
+        self.ref_cnt[page_ids] = _NOT_OURS
+        self._num_pages -= len(page_ids)
+        return page_ids
 
     def take_dead_blocks(self) -> list[int]:
         """Drains the pages whose content died since the last call (for poisoning them)."""
@@ -220,6 +255,8 @@ class BlockPool:
         is_free = self._free.check_integrity()
         has_no_reader = self.ref_cnt == 0
         has_no_reader[self.null_block] = False
+        if int(np.count_nonzero(self.ref_cnt != _NOT_OURS)) != self._num_pages:
+            raise IntegrityError("KV: the pages are miscounted")
         for block in np.flatnonzero(is_free != has_no_reader)[:1]:
             raise IntegrityError(
                 f"KV: block {block} has {self.ref_cnt[block]} readers, free: {is_free[block]}"

@@ -1,13 +1,12 @@
 """The EMB tenant: which rows of a table sit in which slots of its pages.
 
 Bookkeeping only: a step asks for its rows, gets a plan of what to load where, and the plan is
-committed after the loads succeeded or abandoned after they failed. All operations are batches
-over id arrays.
+committed after the loads succeeded or abandoned after they failed. Pages come and go between steps.
+All operations are batches over id arrays.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,80 +14,76 @@ import numpy.typing as npt
 from numba import njit
 
 from block_manager.exceptions import IntegrityError
+from block_manager.free_slots import FreeSlots
 from block_manager.page_pool import PageIds
+from block_manager.row_plan import NOWHERE, RefillPlan, RowMoves, RowPlan
 from block_manager.row_policy import AgedFrequency, RowIds
-
-NOWHERE = -1
+from block_manager.slot_pages import SlotPages
 
 _NOTHING = np.empty(0, dtype=np.int64)
 
 _MIN_VICTIM_WINDOW = 1024
 """Slots looked at, at least, for the coldest ones: exact for small pools, bounded for large."""
 _VICTIM_WINDOW_FACTOR = 4
-
-
-@dataclass(frozen=True, slots=True)
-class RowPlan:
-    """Where the distinct rows of a step are, or will be once loaded; all arrays have length n."""
-
-    row_ids: RowIds
-    resident: npt.NDArray[np.bool_]
-    """Already in the pool; the others must be loaded from the host."""
-    slots: npt.NDArray[np.int64]
-    """The row's slot, or NOWHERE when it was not admitted."""
-    staging: npt.NDArray[np.int64]
-    """The row's place in staging, or NOWHERE when it has a slot."""
-
-    @property
-    def admitted(self) -> npt.NDArray[np.int64]:
-        """Which rows must be loaded into their slots: places in the arrays, int64, ascending."""
-        if self.resident.all():
-            return _NOTHING
-        return np.flatnonzero(~self.resident & (self.slots != NOWHERE))
-
-    @property
-    def staged(self) -> npt.NDArray[np.int64]:
-        """Which rows must be loaded into staging, likewise."""
-        return _NOTHING if self.resident.all() else np.flatnonzero(self.staging != NOWHERE)
+_REFILL_WINDOW = 1 << 16
+"""Rows of the table that one call looks at for hot ones that are absent."""
 
 
 class EmbeddingCache:
     """Rows of one table in the pages of the EMB tenant. Slot = page * rows_per_page + place."""
 
     def __init__(
-        self, page_ids: PageIds, rows_per_page: int, num_rows: int, track_dead: bool = False
+        self,
+        page_ids: PageIds,
+        rows_per_page: int,
+        num_rows: int,
+        num_pages: int | None = None,
+        track_dead: bool = False,
     ) -> None:
         """Takes the EMB tenant's pages; a dense index of `num_rows` finds rows.
 
-        With `track_dead`, slots whose row died are remembered until they are drained.
+        Args:
+            page_ids: int64 [n], ascending.
+            rows_per_page: slots of a page.
+            num_rows: rows that may be asked for.
+            num_pages: every page that ever comes is below it; by default none comes.
+            track_dead: slots whose row died are remembered until they are drained.
         """
-        places = np.arange(rows_per_page, dtype=np.int64)
-        self._pages = page_ids
-        self._slots = (page_ids[:, None] * rows_per_page + places).reshape(-1)
-        num_slots = int(self._slots.max(initial=-1)) + 1
+        if num_pages is None:
+            num_pages = int(page_ids.max(initial=-1)) + 1
+        self._pages = SlotPages(num_pages, rows_per_page)
+        num_ids = num_pages * rows_per_page
         self._slot_of_row = np.full(num_rows, NOWHERE, dtype=np.int32)
-        self._row_of_slot = np.full(num_slots, NOWHERE, dtype=np.int64)
-        self._last_use = np.zeros(num_slots, dtype=np.int64)
-        self._free = self._slots[::-1].copy()
-        self._num_free = len(self._free)
+        self._row_of_slot = np.full(num_ids, NOWHERE, dtype=np.int64)
+        self._last_use = np.zeros(num_ids, dtype=np.int64)
+        self._free = FreeSlots(num_ids)
         # Counted and not derived: metrics are read while a step runs on another thread.
         self._num_resident = 0
         self.num_evictions = 0
-        self._policy = AgedFrequency(num_rows, len(self._slots))
-        self._hand = 0
+        self.policy = AgedFrequency(num_rows, 0)
+        """How hot rows are, resident ones and absent ones."""
+        self._refill_hand = 0
+        self._rows_to_scan = 0
         self._step = 0
         self._open_plan: RowPlan | None = None
+        self._open_refill: RefillPlan | None = None
         self._track_dead = track_dead
         self._dead: list[npt.NDArray[np.int64]] = []
+        self._admit_pages(page_ids)
 
     def page_ids(self) -> PageIds:
         """Pages of the tenant, int64, ascending."""
-        return self._pages
+        return self._pages.page_ids()
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the tenant."""
+        return len(self._pages)
 
     @property
     def num_slots(self) -> int:
         """Rows the tenant has room for."""
-        return len(self._slots)
+        return self._pages.num_slots
 
     @property
     def num_rows(self) -> int:
@@ -97,8 +92,14 @@ class EmbeddingCache:
 
     @property
     def is_settled(self) -> bool:
-        """Whether every slot is either free or holds a row: no step has slots reserved."""
-        return self._num_free + self._num_resident == len(self._slots)
+        """Whether every slot is free, holds a row or waits for a refill: no step reserves any."""
+        waiting = 0 if self._open_refill is None else len(self._open_refill)
+        return len(self._free) + self._num_resident + waiting == self.num_slots
+
+    @property
+    def is_refilling(self) -> bool:
+        """Whether a refill is neither committed nor abandoned yet."""
+        return self._open_refill is not None
 
     @property
     def num_resident(self) -> int:
@@ -106,9 +107,14 @@ class EmbeddingCache:
         return self._num_resident
 
     @property
+    def num_free_slots(self) -> int:
+        """Slots that hold no row and wait for none."""
+        return len(self._free)
+
+    @property
     def usage(self) -> float:
         """Share of the slots that hold rows, 0..1."""
-        return self._num_resident / max(1, len(self._slots))
+        return self._num_resident / max(1, self.num_slots)
 
     def lookup(self, row_ids: RowIds) -> npt.NDArray[np.int64]:
         """Slots of rows (int64 [n]), NOWHERE for absent ones: int64 [n]. Changes nothing."""
@@ -118,6 +124,8 @@ class EmbeddingCache:
     def slot_of_row(self) -> npt.NDArray[np.int32]:
         """Slot of every row, NOWHERE for absent ones, int32 [num_rows]; not to be written to."""
         return self._slot_of_row
+
+    # ---------------------------------------------------------------- a step's rows
 
     def plan(self, row_ids: RowIds, times: npt.NDArray[np.int64]) -> RowPlan:
         """Decides where a step's rows come from and which of the missing ones are admitted.
@@ -129,94 +137,218 @@ class EmbeddingCache:
             row_ids: distinct rows, int64 [n].
             times: how often the step uses each, int64 [n].
         """
-        if self._open_plan is not None:
-            raise IntegrityError("EMB: the last step's row plan is still open")
+        self._refuse_open_plan()
         self._step += 1
-        self._policy.record(row_ids, times)
+        self.policy.record(row_ids, times)
         slots, resident, num_missing = _use(row_ids, self._slot_of_row, self._last_use, self._step)
         staging = np.full(len(row_ids), NOWHERE)
         if num_missing:
-            self._admit(row_ids, slots, np.flatnonzero(~resident))
+            missing = _hottest_first(self.policy, row_ids, np.flatnonzero(~resident))
+            granted = self._find_slots(row_ids[missing])
+            slots[missing[: len(granted)]] = granted
+            self._last_use[granted] = self._step
+            self._pages.reserve(granted)
             homeless = np.flatnonzero(slots == NOWHERE)
             staging[homeless] = np.arange(len(homeless))
         self._open_plan = RowPlan(row_ids, resident, slots, staging)
         return self._open_plan
 
-    def _admit(
-        self, row_ids: RowIds, slots: npt.NDArray[np.int64], missing: npt.NDArray[np.int64]
-    ) -> None:
-        """Reserves slots for missing rows, hottest first: free ones, then those of colder rows."""
-        hotness = self._policy.hotness(row_ids[missing])
-        missing = missing[np.argsort(-hotness.astype(np.int64), kind="stable")]
-        num_free = min(self._num_free, len(missing))
-        granted = self._free[self._num_free - num_free : self._num_free][::-1].copy()
-        self._num_free -= num_free
-        rest = missing[num_free:]
-        if len(rest):
-            victims = self._coldest_slots(len(rest))
-            rest = rest[: len(victims)]
-            newcomers = self._policy.hotness(row_ids[rest])
-            # Newcomers fall and victims rise in hotness, so this is true and then false.
-            hotter = newcomers > self._policy.hotness(self._row_of_slot[victims])
-            victims = victims[hotter]
-            self._slot_of_row[self._row_of_slot[victims]] = NOWHERE
-            self._row_of_slot[victims] = NOWHERE
-            self._num_resident -= len(victims)
-            self.num_evictions += len(victims)
-            self._bury(victims)
-            granted = np.concatenate([granted, victims])
-        slots[missing[: len(granted)]] = granted
-        self._last_use[granted] = self._step
+    def commit(self, plan: RowPlan) -> None:
+        """The plan's loads succeeded: its admitted rows can be hit from now on."""
+        loaded = self._close(plan)
+        if len(loaded):
+            self._settle(plan.row_ids[loaded], plan.slots[loaded])
+
+    def abandon(self, plan: RowPlan) -> None:
+        """The plan's loads failed: the slots reserved for them are free again."""
+        loaded = self._close(plan)
+        self._give_back(plan.slots[loaded])
+
+    def _close(self, plan: RowPlan) -> npt.NDArray[np.int64]:
+        if plan is not self._open_plan:
+            raise IntegrityError("EMB: the row plan is not the open one")
+        self._open_plan = None
+        loaded = plan.admitted
+        self._pages.release(plan.slots[loaded])
+        return loaded
+
+    def _refuse_open_plan(self) -> None:
+        if self._open_plan is not None:
+            raise IntegrityError("EMB: the last step's row plan is still open")
+
+    def _find_slots(self, row_ids: RowIds) -> npt.NDArray[np.int64]:
+        """Slots for rows, hottest first: free ones, then those of colder rows, which are evicted.
+
+        Returns:
+            Slots for the first rows, int64 [at most n]; they belong to nobody now.
+        """
+        free = self._free.take(len(row_ids))
+        rest = row_ids[len(free) :]
+        if not len(rest):
+            return free
+        victims = self._coldest_slots(len(rest))
+        newcomers = self.policy.hotness(rest[: len(victims)])
+        # Newcomers fall and victims rise in hotness, so this is true and then false.
+        victims = victims[newcomers > self.policy.hotness(self._row_of_slot[victims])]
+        self._evict(victims)
+        return np.concatenate([free, victims])
+
+    def _evict(self, slots: npt.NDArray[np.int64]) -> None:
+        """Forgets the rows of slots."""
+        self._slot_of_row[self._row_of_slot[slots]] = NOWHERE
+        self._row_of_slot[slots] = NOWHERE
+        self._num_resident -= len(slots)
+        self.num_evictions += len(slots)
+        self._bury(slots)
+
+    def _settle(self, row_ids: RowIds, slots: npt.NDArray[np.int64]) -> None:
+        """Rows can be hit in slots from now on."""
+        self._slot_of_row[row_ids] = slots
+        self._row_of_slot[slots] = row_ids
+        self._num_resident += len(slots)
+
+    def _give_back(self, slots: npt.NDArray[np.int64]) -> None:
+        self._free.put(slots)
+        self._bury(slots)
 
     def _coldest_slots(self, limit: int) -> npt.NDArray[np.int64]:
         """Up to `limit` slots, coldest first, that the step does not use.
 
         They come from a window behind a moving hand.
         """
-        width = min(len(self._slots), max(_MIN_VICTIM_WINDOW, _VICTIM_WINDOW_FACTOR * limit))
-        window = self._slots[(self._hand + np.arange(width)) % max(1, len(self._slots))]
-        self._hand = (self._hand + width) % max(1, len(self._slots))
+        window = self._pages.next_slots(max(_MIN_VICTIM_WINDOW, _VICTIM_WINDOW_FACTOR * limit))
         window = window[
             (self._last_use[window] != self._step) & (self._row_of_slot[window] != NOWHERE)
         ]
-        hotness = self._policy.hotness(self._row_of_slot[window])
+        hotness = self.policy.hotness(self._row_of_slot[window])
         order = np.lexsort((self._last_use[window], hotness))
         coldest: npt.NDArray[np.int64] = window[order[:limit]]
         return coldest
 
-    def commit(self, plan: RowPlan) -> None:
-        """The plan's loads succeeded: its admitted rows can be hit from now on."""
-        loaded = self._close(plan)
-        if not len(loaded):
-            return
-        self._slot_of_row[plan.row_ids[loaded]] = plan.slots[loaded]
-        self._row_of_slot[plan.slots[loaded]] = plan.row_ids[loaded]
-        self._num_resident += len(loaded)
+    # ---------------------------------------------------------------- pages come and go
 
-    def abandon(self, plan: RowPlan) -> None:
-        """The plan's loads failed: the slots reserved for them are free again."""
-        loaded = self._close(plan)
-        self._free[self._num_free : self._num_free + len(loaded)] = plan.slots[loaded]
-        self._num_free += len(loaded)
-        self._bury(plan.slots[loaded])
+    def grow(self, page_ids: PageIds) -> None:
+        """Takes pages (int64 [n]) that are not the tenant's; their slots are free at once."""
+        self._bury(self._admit_pages(page_ids))
+        self._rows_to_scan = self.num_rows
 
-    def _close(self, plan: RowPlan) -> npt.NDArray[np.int64]:
-        if plan is not self._open_plan:
-            raise IntegrityError("EMB: the row plan is not the open one")
-        self._open_plan = None
-        return plan.admitted
+    def _admit_pages(self, page_ids: PageIds) -> npt.NDArray[np.int64]:
+        self._pages.add(page_ids)
+        slots = self._pages.slots_of(page_ids)
+        self._free.put(slots)
+        self.policy.resize(self.num_slots)
+        return slots
+
+    def shrink(self, limit: int) -> tuple[PageIds, RowMoves]:
+        """Gives up to `limit` of the coldest pages away, between steps.
+
+        Rows on them that are hotter than rows elsewhere move there; the others are evicted. A page
+        on which a refill has reserved slots stays.
+
+        Returns:
+            The pages, int64 [n]; and the copies to be made before anybody writes to them.
+
+        Raises:
+            IntegrityError: a step's row plan is open.
+        """
+        self._refuse_open_plan()
+        page_ids = self._pages.take_coldest(limit, self._row_of_slot, self.policy.counts)
+        slots = self._pages.slots_of(page_ids)
+        self._free.discard(slots)
+        leaving = slots[self._row_of_slot[slots] != NOWHERE]
+        rows = self._row_of_slot[leaving]
+        order = _hottest_first(self.policy, rows, np.flatnonzero(self.policy.hotness(rows)))
+        # Their own slots are no longer among the tenant's pages, so none is found there.
+        destinations = self._find_slots(rows[order])
+        moved = order[: len(destinations)]
+        sources = leaving[moved]
+        self._last_use[destinations] = self._last_use[sources]
+        self._row_of_slot[sources] = NOWHERE
+        self._num_resident -= len(sources)
+        self._settle(rows[moved], destinations)
+        self._evict(leaving[self._row_of_slot[leaving] != NOWHERE])
+        self.policy.resize(self.num_slots)
+        return page_ids, RowMoves(sources, destinations)
+
+    def forget(self, moves: RowMoves) -> None:
+        """The copies may not have been made: the rows that were moved are no longer resident."""
+        held = moves.destinations[self._row_of_slot[moves.destinations] != NOWHERE]
+        self._evict(held)
+        self._free.put(held)
+
+    # ---------------------------------------------------------------- refill
+
+    @property
+    def wants_refill(self) -> bool:
+        """Whether pages came, slots are free, and not every row was looked at since."""
+        return self._rows_to_scan > 0 and len(self._free) > 0 and self._open_refill is None
+
+    def plan_refill(self, limit: int) -> RefillPlan | None:
+        """Reserves free slots for up to `limit` of the hottest absent rows.
+
+        Only rows that deserve a slot as the tenant is now come into question, and one call looks at
+        a window of the table only, so several calls may be needed to find them all.
+
+        Returns:
+            What to load, or None: nothing was found in the window, or a refill is open.
+        """
+        limit = min(limit, len(self._free))
+        if limit < 1 or not self.wants_refill:
+            return None
+        found, seen = _find_absent(
+            self.policy.counts,
+            self._slot_of_row,
+            self.policy.deserving(self.num_slots),
+            self._refill_hand,
+            min(self._rows_to_scan, _REFILL_WINDOW),
+            limit,
+        )
+        self._refill_hand = (self._refill_hand + seen) % self.num_rows
+        self._rows_to_scan -= seen
+        if not len(found):
+            return None
+        rows = found[_hottest_first(self.policy, found, np.arange(len(found)))]
+        slots = self._free.take(len(rows))
+        self._pages.reserve(slots)
+        self._open_refill = RefillPlan(rows, slots)
+        return self._open_refill
+
+    def commit_refill(self, refill: RefillPlan) -> None:
+        """The rows are in their slots; those that a step loaded meanwhile are dropped again."""
+        self._close_refill(refill)
+        is_absent = self._slot_of_row[refill.row_ids] == NOWHERE
+        self._settle(refill.row_ids[is_absent], refill.slots[is_absent])
+        self._last_use[refill.slots[is_absent]] = self._step
+        self._give_back(refill.slots[~is_absent])
+
+    def abandon_refill(self, refill: RefillPlan) -> None:
+        """The rows could not be had: the slots reserved for them are free again."""
+        self._close_refill(refill)
+        self._give_back(refill.slots)
+        self._rows_to_scan = self.num_rows
+
+    def _close_refill(self, refill: RefillPlan) -> None:
+        if refill is not self._open_refill:
+            raise IntegrityError("EMB: the refill is not the open one")
+        self._open_refill = None
+        self._pages.release(refill.slots)
+
+    # ---------------------------------------------------------------- self-check
 
     def _bury(self, slots: npt.NDArray[np.int64]) -> None:
-        if self._track_dead:
+        if self._track_dead and len(slots):
             self._dead.append(slots)
 
     def take_dead_slots(self) -> npt.NDArray[np.int64]:
-        """Drains the slots whose row died since the last call (for poisoning them)."""
+        """Drains the slots whose row died since the last call (for poisoning them).
+
+        Slots that hold a row again, moved there, are not among them.
+        """
         if not self._dead:
             return _NOTHING
-        dead = np.unique(np.concatenate(self._dead))
+        dead: npt.NDArray[np.int64] = np.unique(np.concatenate(self._dead))
         self._dead.clear()
-        return dead
+        return dead[self._row_of_slot[dead] == NOWHERE]
 
     def check_integrity(self) -> None:
         """A slot maps to at most one row and back; free + reserved + occupied = all slots.
@@ -224,7 +356,7 @@ class EmbeddingCache:
         Raises:
             IntegrityError: says which of these does not hold.
         """
-        occupied = self._slots[self._row_of_slot[self._slots] != NOWHERE]
+        occupied = np.flatnonzero(self._row_of_slot != NOWHERE)
         rows = self._row_of_slot[occupied]
         if not np.array_equal(self._slot_of_row[rows], occupied):
             raise IntegrityError("EMB: a slot's row does not point back to it")
@@ -232,12 +364,27 @@ class EmbeddingCache:
             raise IntegrityError("EMB: a row points to a slot that does not hold it")
         if self._num_resident != len(occupied):
             raise IntegrityError("EMB: the count of resident rows is wrong")
-        free = self._free[: self._num_free]
-        plan = self._open_plan
-        reserved = _NOTHING if plan is None else plan.slots[plan.admitted]
-        held = np.sort(np.concatenate([free, reserved, occupied]))
-        if not np.array_equal(held, self._slots):
+        plan, refill = self._open_plan, self._open_refill
+        reserved = np.concatenate(
+            [
+                _NOTHING if plan is None else plan.slots[plan.admitted],
+                _NOTHING if refill is None else refill.slots,
+            ]
+        )
+        held = np.sort(np.concatenate([self._free.all_free(), reserved, occupied]))
+        if not np.array_equal(held, self._pages.slots_of(self.page_ids())):
             raise IntegrityError("EMB: free, reserved and occupied slots are not all slots")
+        self._pages.check_integrity(reserved)
+        self.policy.check_integrity()
+
+
+def _hottest_first(
+    policy: AgedFrequency, row_ids: RowIds, places: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Places in `row_ids` by falling hotness of their rows, equally hot ones as they came."""
+    hotness = policy.hotness(row_ids[places])
+    ordered: npt.NDArray[np.int64] = places[np.argsort(-hotness.astype(np.int64), kind="stable")]
+    return ordered
 
 
 @njit(nogil=True, cache=True)
@@ -259,3 +406,23 @@ def _use(row_ids: Any, slot_of_row: Any, last_use: Any, step: Any) -> Any:
         else:
             last_use[slot] = step
     return slots, resident, num_missing
+
+
+@njit(nogil=True, cache=True)
+def _find_absent(
+    counts: Any, slot_of_row: Any, least: Any, first: Any, width: Any, limit: Any
+) -> Any:
+    """Absent rows at least so hot, up to `limit` of the `width` rows from `first` on, in a ring.
+
+    Returns:
+        The rows, int64 [n]; how many were looked at.
+    """
+    found = np.empty(limit, dtype=np.int64)
+    number = seen = 0
+    while seen < width and number < limit:
+        row = (first + seen) % len(counts)
+        if counts[row] >= least and slot_of_row[row] == NOWHERE:
+            found[number] = row
+            number += 1
+        seen += 1
+    return found[:number], seen

@@ -46,6 +46,29 @@ class PagePool:
         return np.flatnonzero(self._owner == tenant)
 
     @property
+    def num_pages(self) -> int:
+        """Pages of the pool."""
+        return len(self._owner)
+
+    @property
+    def num_emb_pages(self) -> int:
+        """Pages of the EMB tenant."""
+        return self._num_emb_pages
+
+    def hand_over(self, page_ids: PageIds, to: Tenant) -> None:
+        """Pages (int64 [n]) change hands: the other tenant has given them up.
+
+        Raises:
+            IntegrityError: a page is not the other tenant's, or is the null block.
+        """
+        # Bounded by hand: an index below 0 would name a page at the end.
+        is_wrong = (page_ids < 1) | (self._owner[page_ids] == to)
+        for page in page_ids[is_wrong][:1]:
+            raise IntegrityError(f"page {page} cannot be handed over to {to.name}")
+        self._owner[page_ids] = to
+        self._num_emb_pages += len(page_ids) if to is Tenant.EMB else -len(page_ids)
+
+    @property
     def committed(self) -> float:
         """The EMB share of the pages, as it is now."""
         return self._num_emb_pages / len(self._owner)
@@ -56,6 +79,8 @@ class PagePool:
         Raises:
             IntegrityError: names what contradicts what.
         """
+        if int(np.count_nonzero(self._owner == Tenant.EMB)) != self._num_emb_pages:
+            raise IntegrityError("EMB: its pages are miscounted")
         for tenant, holder in ((Tenant.KV, kv), (Tenant.EMB, emb)):
             if not np.array_equal(self.pages_of(tenant), holder.page_ids()):
                 raise IntegrityError(f"{tenant.name}: its pages differ from those the pool gave it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PAGE_ALIGNMENT = 256
 """Pages begin at multiples of this: what CUDA allocations and vector loads like."""
@@ -44,6 +44,8 @@ class PoolLayout:
     page_bytes: int
     num_pages: int
     num_emb_pages: int
+    min_kv_pages: int
+    """The null block and the blocks of one longest history: what KV keeps at any split."""
     block_tokens: int
     row_bytes: int
     rows_per_page: int
@@ -64,6 +66,11 @@ class PoolLayout:
     def num_kv_pages(self) -> int:
         """Pages of the KV tenant, the null block among them."""
         return self.num_pages - self.num_emb_pages
+
+    def emb_pages_of(self, emb_fraction: float) -> int:
+        """Pages that EMB gets when this share of the pages (0..1) is asked for."""
+        # 0.29 of 100 pages are 29, though the product of the floats is a little less.
+        return min(int(emb_fraction * self.num_pages + 1e-9), self.num_pages - self.min_kv_pages)
 
     @property
     def page_tail_bytes(self) -> int:
@@ -98,16 +105,14 @@ def plan_layout(
             f"({kv_floor} pages of {page_bytes} for one context of {max_context_tokens} tokens, "
             f"{staging_bytes} for staging)"
         )
-    num_pages = (config.pool_bytes - staging_bytes) // page_bytes
-    # 0.29 of 100 pages are 29, though the product of the floats is a little less.
-    share = int(config.emb_fraction * num_pages + 1e-9)
-    num_emb_pages = min(share, num_pages - kv_floor)
-    return PoolLayout(
+    layout = PoolLayout(
         page_bytes=page_bytes,
-        num_pages=num_pages,
-        num_emb_pages=num_emb_pages,
+        num_pages=(config.pool_bytes - staging_bytes) // page_bytes,
+        num_emb_pages=0,
+        min_kv_pages=kv_floor,
         block_tokens=config.block_tokens,
         row_bytes=row_bytes,
         rows_per_page=page_bytes // row_bytes,
         staging_rows=staging_rows,
     )
+    return replace(layout, num_emb_pages=layout.emb_pages_of(config.emb_fraction))

@@ -1,7 +1,8 @@
 """Which embedding rows deserve a slot: frequency with ageing.
 
 The admission idea is TinyLFU's (Einziger, Friedman and Manes, 2017): a newcomer displaces a
-resident row only if it was asked for more often of late.
+resident row only if it was asked for more often of late. Rows without a slot are counted too, so
+the hottest of them are known when a page comes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from numba import njit
+
+from block_manager.exceptions import IntegrityError
 
 RowIds = npt.NDArray[np.int64]
 
@@ -25,29 +28,64 @@ class AgedFrequency:
 
     def __init__(self, num_rows: int, num_slots: int) -> None:
         self._counts = np.zeros(num_rows, dtype=np.uint8)
-        self._period = max(
-            1, _AGEING_ACCESSES_PER_SLOT * num_slots, num_rows // _ROWS_HALVED_PER_ACCESS
-        )
+        self._rows_of_count = np.zeros(_MAX_COUNT + 1, dtype=np.int64)
+        self._rows_of_count[0] = num_rows
         self._accesses = 0
+        self.resize(num_slots)
+
+    def resize(self, num_slots: int) -> None:
+        """Takes the number of slots, which sets how fast counts age."""
+        self._period = max(
+            1,
+            _AGEING_ACCESSES_PER_SLOT * num_slots,
+            len(self._counts) // _ROWS_HALVED_PER_ACCESS,
+        )
+
+    @property
+    def counts(self) -> npt.NDArray[np.uint8]:
+        """How hot every row is, uint8 [num_rows]; not to be written to."""
+        return self._counts
 
     def record(self, row_ids: RowIds, times: npt.NDArray[np.int64]) -> None:
         """Counts accesses of distinct rows (int64 [n]), `times` (int64 [n]) of each."""
-        self._accesses += _add(self._counts, row_ids, times)
+        self._accesses += _add(self._counts, self._rows_of_count, row_ids, times)
         if self._accesses >= self._period:
             self._accesses = 0
             self._counts >>= 1
+            halved = self._rows_of_count.reshape(-1, 2).sum(axis=1)
+            self._rows_of_count[: len(halved)] = halved
+            self._rows_of_count[len(halved) :] = 0
 
     def hotness(self, row_ids: RowIds) -> npt.NDArray[np.uint8]:
         """How hot rows are, comparable across rows: uint8 [n]."""
         return self._counts[row_ids]
 
+    def deserving(self, num_slots: int) -> int:
+        """The least hotness, 1 or more, at which all rows that are as hot fit so many slots."""
+        at_least = np.cumsum(self._rows_of_count[::-1])[::-1]
+        return 1 + int(np.count_nonzero(at_least[1:] > num_slots))
+
+    def check_integrity(self) -> None:
+        """The rows of each count are as many as they are counted.
+
+        Raises:
+            IntegrityError: they are not.
+        """
+        counted = np.bincount(self._counts, minlength=len(self._rows_of_count))
+        if not np.array_equal(counted, self._rows_of_count):
+            raise IntegrityError("EMB: the rows of some hotness are miscounted")
+
 
 @njit(nogil=True, cache=True)
-def _add(counts: Any, row_ids: Any, times: Any) -> Any:
+def _add(counts: Any, rows_of_count: Any, row_ids: Any, times: Any) -> Any:
     """Adds to the rows' counts, which stop at the largest; returns the sum of `times`."""
     total = 0
     for place in range(len(row_ids)):
         row = row_ids[place]
-        counts[row] = min(counts[row] + times[place], _MAX_COUNT)
+        before = counts[row]
+        after = min(before + times[place], _MAX_COUNT)
+        counts[row] = after
+        rows_of_count[before] -= 1
+        rows_of_count[after] += 1
         total += times[place]
     return total

@@ -26,6 +26,8 @@ class SchedulerConfig:
     max_num_waiting: int = 1024
     """Requests that may wait beyond those that run; further ones are refused (429). More than can
     be answered within a deadline only make answers late."""
+    max_pages_per_step: int | None = None
+    """Pages that may change hands between two steps; None = a 64th of the pool."""
     patience_ms: float = 1000.0
     """A request without a deadline is due this long after it came, so that those with deadlines
     cannot starve it; it never expires."""
@@ -40,6 +42,8 @@ class SchedulerConfig:
         _require_at_least("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         _require_at_least("max_num_seqs", self.max_num_seqs, 1)
         _require_at_least("max_num_waiting", self.max_num_waiting, 1)
+        if self.max_pages_per_step is not None:
+            _require_at_least("max_pages_per_step", self.max_pages_per_step, 1)
         if not self.patience_ms >= 0.0:
             raise ValueError(f"patience_ms: must be at least 0, not {self.patience_ms}")
 

@@ -40,6 +40,15 @@ class EngineCore:
         """Whether `step` would do anything."""
         return self.scheduler.has_work
 
+    @property
+    def has_background_work(self) -> bool:
+        """Whether `step` would do anything for the pool, also without requests."""
+        return self.scheduler.has_background_work
+
+    def set_target(self, emb_fraction: float) -> float:
+        """Asks for another split of the pool; see `Boundary.set_target`."""
+        return self.scheduler.boundary.set_target(emb_fraction)
+
     def run_until_idle(self) -> list[Request]:
         """Steps until nothing is left; returns the requests in the order they ended."""
         ended: list[Request] = []

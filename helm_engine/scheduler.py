@@ -17,12 +17,16 @@ from typing import NamedTuple
 import numpy as np
 
 from block_manager.block_pool import BlockPool
+from block_manager.boundary import Boundary
 from block_manager.distinct_rows import DistinctRows
 from block_manager.embedding_cache import EmbeddingCache
 from block_manager.exceptions import IntegrityError
 from block_manager.kv_cache_manager import KVCacheManager
 from block_manager.page_pool import PagePool, Tenant
 from block_manager.pool_layout import PoolLayout
+from block_manager.refill import RefillThrottle
+from block_manager.refill_planner import RefillPlanner
+from block_manager.row_plan import RefillPlan, RowMoves
 from helm_engine.config import SchedulerConfig
 from helm_engine.exceptions import DeadlineExceededError, HelmError, QueueFullError
 from helm_engine.request import Request, RequestStatus
@@ -38,6 +42,7 @@ from model_executor.step import (
     SchedulerOutput,
 )
 
+_NO_ROWS = np.empty(0, dtype=np.int64)
 _TOO_NEAR = "the deadline is too near for the request to be finished"
 
 
@@ -93,9 +98,11 @@ class Scheduler:
         pool: PagePool,
         kv: KVCacheManager,
         emb: EmbeddingCache,
+        boundary: Boundary,
+        refills: RefillPlanner,
         rules: StepRules,
     ) -> None:
-        """Takes both tenants and the model's rules.
+        """Takes both tenants, what moves pages and rows between steps, and the model's rules.
 
         Raises:
             ValueError: a step has no room for the least that the model needs.
@@ -110,6 +117,8 @@ class Scheduler:
         self.pool = pool
         self.kv = kv
         self.emb = emb
+        self.boundary = boundary
+        self.refills = refills
         self.stats = SchedulerStats()
         self._distinct = DistinctRows(emb.num_rows)
         self._live: dict[str, _Live] = {}
@@ -134,6 +143,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether any request is unfinished, or failed and not yet reported."""
         return bool(self._live) or bool(self._failed)
+
+    @property
+    def has_background_work(self) -> bool:
+        """Whether pages or rows are to be moved, with or without requests."""
+        return self.boundary.lag_pages != 0 or self.emb.is_refilling or self.refills.is_wanted
 
     def add_request(self, request: Request) -> None:
         """Queues a request.
@@ -191,12 +205,15 @@ class Scheduler:
         The step must be given to `update` or to `fail_step` before the next call.
         """
         self._expire(now)
+        moves = self.boundary.step().rows
         shares = self._share_budget(now)
-        if not shares:
+        refill = self.refills.plan(now)
+        if not shares and not len(moves) and not self.emb.is_refilling:
             return None
-        self.stats.steps += 1
-        self._step_times.begin(now)
-        return self._build_step(shares)
+        if shares:
+            self.stats.steps += 1
+            self._step_times.begin(now)
+        return self._build_step(shares, moves, refill)
 
     def _expire(self, now: float) -> None:
         """Ends what is late, and what waits and would be late even if it ran in the next step."""
@@ -291,9 +308,11 @@ class Scheduler:
             return None  # Recomputing the last row alone would bring nothing.
         return _Share(request, start, num_rows, num_candidates)
 
-    def _build_step(self, shares: list[_Share]) -> SchedulerOutput:
+    def _build_step(
+        self, shares: list[_Share], moves: RowMoves, refill: RefillPlan | None
+    ) -> SchedulerOutput:
         rows = self._distinct.of(
-            np.concatenate([part for share in shares for part in share.row_ids])
+            np.concatenate([_NO_ROWS, *(part for share in shares for part in share.row_ids)])
         )
         plan = self.emb.plan(rows.row_ids, rows.counts)
         self.stats.row_queries += len(rows.row_ids)
@@ -308,6 +327,8 @@ class Scheduler:
             rows=plan,
             dead_blocks=self.kv.pool.take_dead_blocks(),
             dead_slots=self.emb.take_dead_slots(),
+            moves=moves,
+            refill=refill,
         )
 
     def _schedule_share(self, share: _Share, row_index: Int64Array) -> ScheduledRequest:
@@ -332,8 +353,10 @@ class Scheduler:
 
     def update(self, step: SchedulerOutput, output: ModelOutput, now: float) -> list[Request]:
         """Commits a step that was carried out; returns the requests it finished."""
-        self._step_times.end(now)
+        if step.requests:
+            self._step_times.end(now)
         self.emb.commit(step.rows)
+        self.refills.settle(output.refilled, output.refill_failed, now)
         finished = []
         for scheduled in step.requests:
             live = self._live.get(scheduled.request_id)
@@ -361,8 +384,12 @@ class Scheduler:
             request.retrieved = output.retrieved[request.request_id]
 
     def fail_step(self, step: SchedulerOutput, error: HelmError) -> None:
-        """A step could not be carried out: its requests fail, its row plan is undone."""
+        """A step could not be carried out: its requests fail, its row plan is undone.
+
+        Nobody knows how far it came, so rows that it was to move are taken for lost.
+        """
         self.emb.abandon(step.rows)
+        self.emb.forget(step.moves)
         for scheduled in step.requests:
             live = self._live.get(scheduled.request_id)
             if live is not None:
@@ -410,11 +437,21 @@ def build_scheduler(
 ) -> Scheduler:
     """Builds the pool's books and the scheduler over them."""
     pool = PagePool(layout)
-    blocks = BlockPool(pool.pages_of(Tenant.KV), track_dead)
+    blocks = BlockPool(pool.pages_of(Tenant.KV), layout.num_pages, track_dead)
+    emb = EmbeddingCache(
+        pool.pages_of(Tenant.EMB),
+        layout.rows_per_page,
+        num_table_rows,
+        layout.num_pages,
+        track_dead,
+    )
+    boundary = Boundary(pool, blocks, emb, layout, config.max_pages_per_step)
     return Scheduler(
         config,
         pool,
         KVCacheManager(blocks, layout.block_tokens),
-        EmbeddingCache(pool.pages_of(Tenant.EMB), layout.rows_per_page, num_table_rows, track_dead),
+        emb,
+        boundary,
+        RefillPlanner(emb, boundary, RefillThrottle(), layout.row_bytes),
         rules,
     )

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from block_manager.embedding_cache import RowPlan
 from block_manager.pool_layout import PoolLayout
+from block_manager.row_plan import RowPlan
 from model_executor.attention.backend import AttentionBackend
 from model_executor.device_memory import DeviceMemory
 from model_executor.host_store import HostStore
@@ -111,9 +111,12 @@ class ModelRunner:
         """
         with self._inference:
             timer = PhaseTimer(self._device)
-            self._poison(step)
+            self._prepare_memory(step)
             addresses = self._load_rows(step.rows)
             timer.mark()
+            if not step.requests:
+                timer.mark()
+                return ModelOutput({}, {}, timer.result(), refill_failed=step.refill)
             batch = self._batch(step.requests)
             rows = self._token_rows(step.requests, addresses)
             x = self.model.embed(rows, batch)
@@ -129,7 +132,7 @@ class ModelRunner:
                 scores = self._inner_products(self.model, step.requests, users, addresses)
                 retrieved = self._retrieve(step.requests, users)
             parts = _by_request(step.requests, scores)
-            return ModelOutput(parts, retrieved, timer.result())
+            return ModelOutput(parts, retrieved, timer.result(), refill_failed=step.refill)
 
     @torch.inference_mode()
     def encode(self, step: SchedulerOutput) -> Tensor:
@@ -139,13 +142,19 @@ class ModelRunner:
             Every row of the step after the last layer, context rows of all requests first, then
             all candidates that are rows: float [T, D].
         """
-        self._poison(step)
+        self._prepare_memory(step)
         addresses = self._load_rows(step.rows)
         batch = self._batch(step.requests)
         x = self.model.embed(self._token_rows(step.requests, addresses), batch)
         return self.model.encode(x, batch, self.arena.kv, self._attention, all_rows=True)
 
-    def _poison(self, step: SchedulerOutput) -> None:
+    def _prepare_memory(self, step: SchedulerOutput) -> None:
+        """Moves rows whose page leaves, then poisons what died."""
+        if len(step.moves):
+            self.arena.move_rows(
+                to_device(step.moves.sources, self._device),
+                to_device(step.moves.destinations, self._device),
+            )
         if step.dead_blocks:
             self.arena.poison_pages(torch.tensor(step.dead_blocks, device=self._device))
         if len(step.dead_slots):

@@ -138,6 +138,12 @@ class PageArena:
         pages = torch.div(slots, per_page, rounding_mode="floor")
         self._slots.index_put_((pages, slots - pages * per_page), rows)
 
+    def move_rows(self, sources: Tensor, destinations: Tensor) -> None:
+        """Copies rows from slot to slot (int64 [n] each); no source is a destination."""
+        per_page = self.layout.rows_per_page
+        pages = torch.div(sources, per_page, rounding_mode="floor")
+        self.write_slots(destinations, self._slots[pages, sources - pages * per_page])
+
     def write_staging(self, indices: Tensor, rows: Tensor) -> None:
         """Writes rows [n, D] to distinct places of staging (int64 [n])."""
         self._staging.index_copy_(0, indices, rows)

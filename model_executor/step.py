@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from block_manager.distinct_rows import NO_ROW as NO_ROW
-from block_manager.embedding_cache import RowPlan
+from block_manager.row_plan import RefillPlan, RowMoves, RowPlan
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -68,7 +68,11 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """Everything an executor must do in one step, in this order: poison, load, prefill, score."""
+    """Everything an executor must do in one step.
+
+    In this order: move rows, poison, put refilled rows in their slots, load, begin the refill,
+    prefill, score. Without requests it is all but the last two.
+    """
 
     requests: tuple[ScheduledRequest, ...]
     rows: RowPlan
@@ -77,6 +81,10 @@ class SchedulerOutput:
     """Pages whose KV died; only filled when freed memory is to be poisoned."""
     dead_slots: Int64Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """Slots whose row died; likewise."""
+    moves: RowMoves = field(default_factory=RowMoves)
+    """Copies to be made before anything is written."""
+    refill: RefillPlan | None = None
+    """Rows to begin to load in the background; no other refill is under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,3 +106,7 @@ class ModelOutput:
     retrieved: dict[str, tuple[Int64Array, Float32Array]]
     """Item ids and scores, best first; ties by item id."""
     timings_ms: StepTimings
+    refilled: RefillPlan | None = None
+    """A refill, begun by an earlier step, whose rows are in their slots now."""
+    refill_failed: RefillPlan | None = None
+    """A refill whose rows could not be had."""

@@ -16,7 +16,7 @@ A, B, C = (BlockHash(letter * 32) for letter in (b"a", b"b", b"c"))
 
 
 def make_pool(num_pages: int, track_dead: bool = False) -> BlockPool:
-    return BlockPool(np.arange(num_pages), track_dead)
+    return BlockPool(np.arange(num_pages), track_dead=track_dead)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from block_manager.embedding_cache import NOWHERE, EmbeddingCache, RowPlan
+from block_manager.embedding_cache import EmbeddingCache
+from block_manager.row_plan import NOWHERE, RowPlan
 
 NUM_ROWS = 5000
 HOT = {0, 1, 2, 3}

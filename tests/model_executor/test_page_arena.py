@@ -197,6 +197,7 @@ def test_rows_and_blocks_of_another_dtype_fill_the_same_pages(dtype: torch.dtype
         page_bytes=512 * dtype.itemsize // FLOAT_BYTES,
         num_pages=5,
         num_emb_pages=2,
+        min_kv_pages=1,
         block_tokens=4,
         row_bytes=7 * dtype.itemsize,
         rows_per_page=18,
