@@ -23,6 +23,7 @@ from block_manager.embedding_cache import EmbeddingCache
 from block_manager.exceptions import IntegrityError
 from block_manager.kv_cache_manager import KVCacheManager
 from block_manager.page_pool import PagePool, Tenant
+from block_manager.page_value import PageValueEstimator
 from block_manager.pool_layout import PoolLayout
 from block_manager.refill import RefillThrottle
 from block_manager.refill_planner import RefillPlanner
@@ -101,6 +102,7 @@ class Scheduler:
         boundary: Boundary,
         refills: RefillPlanner,
         rules: StepRules,
+        page_values: PageValueEstimator | None = None,
     ) -> None:
         """Takes both tenants, what moves pages and rows between steps, and the model's rules.
 
@@ -119,6 +121,7 @@ class Scheduler:
         self.emb = emb
         self.boundary = boundary
         self.refills = refills
+        self.page_values = page_values
         self.stats = SchedulerStats()
         self._distinct = DistinctRows(emb.num_rows)
         self._live: dict[str, _Live] = {}
@@ -213,7 +216,7 @@ class Scheduler:
         if shares:
             self.stats.steps += 1
             self._step_times.begin(now)
-        return self._build_step(shares, moves, refill)
+        return self._build_step(shares, moves, refill, now)
 
     def _expire(self, now: float) -> None:
         """Ends what is late, and what waits and would be late even if it ran in the next step."""
@@ -269,14 +272,25 @@ class Scheduler:
     def _admit(self, key: QueueKey, request: Request, now: float) -> bool:
         if len(self._running) >= self.config.max_num_seqs:
             return False
+        reusable = request.num_tokens - self.rules.recomputes_last_row
         cached = self.kv.allocate(
             request.request_id,
             request.block_hashes,
             num_tokens=request.num_tokens,
-            max_cached_tokens=request.num_tokens - self.rules.recomputes_last_row,
+            max_cached_tokens=reusable,
         )
         if cached is None:
             return False
+        if self.page_values is not None:
+            self.page_values.observe_request(
+                request.user_tag,
+                request.block_hashes,
+                request.tokens.rows,
+                request.tokens.candidate_rows,
+                self.emb.slot_of_row,
+                self.num_running,
+                reusable,
+            )
         request.status = RequestStatus.RUNNING
         request.first_scheduled = now
         request.num_computed = request.cached_tokens = cached
@@ -309,11 +323,14 @@ class Scheduler:
         return _Share(request, start, num_rows, num_candidates)
 
     def _build_step(
-        self, shares: list[_Share], moves: RowMoves, refill: RefillPlan | None
+        self, shares: list[_Share], moves: RowMoves, refill: RefillPlan | None, now: float
     ) -> SchedulerOutput:
         rows = self._distinct.of(
             np.concatenate([_NO_ROWS, *(part for share in shares for part in share.row_ids)])
         )
+        if self.page_values is not None:
+            self.page_values.set_capacity(self.kv.pool.num_pages, self.emb.num_pages)
+            self.page_values.observe_step(rows.row_ids, rows.counts, now)
         plan = self.emb.plan(rows.row_ids, rows.counts)
         self.stats.row_queries += len(rows.row_ids)
         self.stats.row_hits += int(np.count_nonzero(plan.resident))
@@ -434,6 +451,7 @@ def build_scheduler(
     num_table_rows: int,
     rules: StepRules,
     track_dead: bool = False,
+    page_values: PageValueEstimator | None = None,
 ) -> Scheduler:
     """Builds the pool's books and the scheduler over them."""
     pool = PagePool(layout)
@@ -454,4 +472,5 @@ def build_scheduler(
         boundary,
         RefillPlanner(emb, boundary, RefillThrottle(), layout.row_bytes),
         rules,
+        page_values,
     )
