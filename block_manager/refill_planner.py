@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from block_manager.boundary import Boundary
 from block_manager.embedding_cache import EmbeddingCache
-from block_manager.refill import RefillThrottle
+from block_manager.refill import RefillThrottle, TrafficClass
 from block_manager.row_plan import RefillPlan
 
+_LEAST_ROWS = 32
+"""Fewer are not worth a round trip; they are saved up for."""
 _RETRY_SECONDS = 1.0
 """After a host tier failed, the next refill waits so long; requests find out for themselves."""
 
@@ -33,11 +35,19 @@ class RefillPlanner:
         """Whether there may be rows to load and nothing but time or the link stands against it."""
         return self._emb.wants_refill and self._boundary.lag_pages >= 0
 
+    def count_demand(self, num_rows: int, now: float) -> None:
+        """A step waits for so many rows: they have the link first."""
+        if num_rows:
+            num_bytes = num_rows * self._row_bytes
+            self.throttle.count_foreground(TrafficClass.DEMAND_MISS, num_bytes, now)
+
     def plan(self, now: float) -> RefillPlan | None:
         """The next refill, or None when there is nothing to load, no room for it, or no right."""
         if not self.is_wanted or now < self._not_before:
             return None
         rows = self.throttle.available(now) // self._row_bytes
+        if rows < _LEAST_ROWS and rows < self.throttle.chunk_bytes // self._row_bytes:
+            return None
         refill = self._emb.plan_refill(rows)
         if refill is not None:
             self.throttle.spend(len(refill) * self._row_bytes, now)

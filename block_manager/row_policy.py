@@ -31,6 +31,8 @@ class AgedFrequency:
         self._rows_of_count = np.zeros(_MAX_COUNT + 1, dtype=np.int64)
         self._rows_of_count[0] = num_rows
         self._accesses = 0
+        self.num_accesses = 0
+        """Since the start."""
         self.resize(num_slots)
 
     def resize(self, num_slots: int) -> None:
@@ -48,7 +50,9 @@ class AgedFrequency:
 
     def record(self, row_ids: RowIds, times: npt.NDArray[np.int64]) -> None:
         """Counts accesses of distinct rows (int64 [n]), `times` (int64 [n]) of each."""
-        self._accesses += _add(self._counts, self._rows_of_count, row_ids, times)
+        accesses = _add(self._counts, self._rows_of_count, row_ids, times)
+        self.num_accesses += accesses
+        self._accesses += accesses
         if self._accesses >= self._period:
             self._accesses = 0
             self._counts >>= 1
@@ -64,6 +68,13 @@ class AgedFrequency:
         """The least hotness, 1 or more, at which all rows that are as hot fit so many slots."""
         at_least = np.cumsum(self._rows_of_count[::-1])[::-1]
         return 1 + int(np.count_nonzero(at_least[1:] > num_slots))
+
+    def share_of_ranks(self, first: int, last: int) -> float:
+        """Share of late accesses that went to the rows of ranks first .. last - 1 by hotness."""
+        counts, rows = np.arange(_MAX_COUNT, -1, -1), self._rows_of_count[::-1]
+        ends = np.cumsum(rows)
+        within = np.maximum(np.minimum(ends, last) - np.maximum(ends - rows, first), 0)
+        return float(within @ counts) / max(1.0, float(rows @ counts))
 
     def check_integrity(self) -> None:
         """The rows of each count are as many as they are counted.

@@ -25,7 +25,8 @@ class SlotPages:
 
     def __init__(self, num_ids: int, rows_per_page: int) -> None:
         """Every page that ever comes is below `num_ids`."""
-        self._rows_per_page = rows_per_page
+        self.rows_per_page = rows_per_page
+        """Slots of a page."""
         self._list = np.empty(num_ids, dtype=np.int64)
         self._place = np.full(num_ids, _NOT_OURS, dtype=np.int32)
         self._number = 0
@@ -41,7 +42,7 @@ class SlotPages:
     @property
     def num_slots(self) -> int:
         """Slots of all pages."""
-        return self._number * self._rows_per_page
+        return self._number * self.rows_per_page
 
     def page_ids(self) -> PageIds:
         """The pages, int64, ascending."""
@@ -49,8 +50,8 @@ class SlotPages:
 
     def slots_of(self, page_ids: PageIds) -> npt.NDArray[np.int64]:
         """Slots of pages, page by page: int64 [pages * rows_per_page]."""
-        places = np.arange(self._rows_per_page, dtype=np.int64)
-        return (page_ids[:, None] * self._rows_per_page + places).reshape(-1)
+        places = np.arange(self.rows_per_page, dtype=np.int64)
+        return (page_ids[:, None] * self.rows_per_page + places).reshape(-1)
 
     def add(self, page_ids: PageIds) -> None:
         """Takes pages (int64 [n]).
@@ -67,7 +68,7 @@ class SlotPages:
 
     def next_slots(self, least: int) -> npt.NDArray[np.int64]:
         """Slots of the next pages of the ring, at least so many unless there are fewer: int64."""
-        pages = -(-least // self._rows_per_page)
+        pages = -(-least // self.rows_per_page)
         window, self._slot_hand = self._next(self._slot_hand, pages)
         return self.slots_of(window)
 
@@ -80,11 +81,11 @@ class SlotPages:
 
     def reserve(self, slots: npt.NDArray[np.int64]) -> None:
         """Rows are being loaded into slots (int64 [n]): their pages may not leave."""
-        _count(self._reserved, slots, self._rows_per_page, 1)
+        _count(self._reserved, slots, self.rows_per_page, 1)
 
     def release(self, slots: npt.NDArray[np.int64]) -> None:
         """No row is being loaded into these slots any longer."""
-        _count(self._reserved, slots, self._rows_per_page, -1)
+        _count(self._reserved, slots, self.rows_per_page, -1)
 
     def take_coldest(
         self, limit: int, row_of_slot: npt.NDArray[np.int64], counts: npt.NDArray[np.uint8]
@@ -103,7 +104,7 @@ class SlotPages:
             self._page_hand, max(_MIN_PAGE_WINDOW, _PAGE_WINDOW_FACTOR * limit)
         )
         window = window[self._reserved[window] == 0]
-        heat = _heat_of(window, row_of_slot, counts, self._rows_per_page)
+        heat = _heat_of(window, row_of_slot, counts, self.rows_per_page)
         coldest: PageIds = window[np.argsort(heat, kind="stable")[:limit]]
         self._number = _take_out(self._list, self._place, self._number, coldest)
         return coldest
@@ -119,7 +120,7 @@ class SlotPages:
             int(np.count_nonzero(self._place != _NOT_OURS)) != self._number
         ):
             raise IntegrityError("EMB: the list of pages contradicts its index")
-        counted = np.bincount(reserved // self._rows_per_page, minlength=len(self._reserved))
+        counted = np.bincount(reserved // self.rows_per_page, minlength=len(self._reserved))
         if not np.array_equal(counted, self._reserved):
             raise IntegrityError("EMB: the reserved slots of a page are miscounted")
 

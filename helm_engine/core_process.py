@@ -22,10 +22,11 @@ from helm_engine.engine_core import EngineCore
 from helm_engine.engine_loader import LoadedEngine, load_engine
 from helm_engine.engine_messages import (
     AddRequest,
+    CallDone,
     EndedRequest,
     ForgetUser,
-    Forgotten,
     FromCore,
+    SetTarget,
     Stop,
     ToCore,
     WithdrawRequest,
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.2
 """A core that runs or waits says something at least this often, between steps."""
+_BACKGROUND_SECONDS = 0.001
+"""Without requests, pages and rows move in steps that are this far apart."""
 _IDLE_CHECK_SECONDS = 1.0
 """Once the engine has had nothing to do for this long, it looks whether anything was leaked."""
 
@@ -110,7 +113,7 @@ def _portable(error: Exception) -> Exception:
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-_Command = Request | WithdrawRequest | ForgetUser | Stop
+_Command = Request | WithdrawRequest | ForgetUser | SetTarget | Stop
 """A message as the step loop carries it out."""
 
 
@@ -126,7 +129,7 @@ class _CoreLoop:
         self._outbox.connect(addresses.from_core)
         self._encoder = FrameEncoder()
         self._requests: dict[str, Request] = {}
-        self._forgotten: list[Forgotten] = []
+        self._calls_done: list[CallDone] = []
         self._last_said = 0.0
         inbox = self._context.socket(zmq.PULL)
         inbox.set_hwm(0)
@@ -152,25 +155,34 @@ class _CoreLoop:
         checked = False
         while True:
             if self._core.has_work:
-                ended = self._core.step()
-                if self._core.failed_in_a_row >= _MAX_FAILED_STEPS:
-                    raise RuntimeError(f"{_MAX_FAILED_STEPS} steps in a row have failed")
-                if not self._take_messages(block=False):
+                if not self._step(wait=0.0):
                     return
-                self._say(ended)
                 idle_since, checked = time.monotonic(), False
+            elif self._core.has_background_work:
+                if not self._step(wait=_BACKGROUND_SECONDS):
+                    return
             else:
-                if not self._take_messages(block=True):
+                if not self._take_messages(wait=HEARTBEAT_SECONDS):
                     return
                 self._say([])
                 if not checked and time.monotonic() - idle_since > _IDLE_CHECK_SECONDS:
                     self._core.check_nothing_leaked()
                     checked = True
 
-    def _take_messages(self, block: bool) -> bool:
-        """Carries out what came in, waiting for it for a heartbeat at most; False = stop."""
+    def _step(self, wait: float) -> bool:
+        """Steps once, then waits so long for messages and carries them out; False = stop."""
+        ended = self._core.step()
+        if self._core.failed_in_a_row >= _MAX_FAILED_STEPS:
+            raise RuntimeError(f"{_MAX_FAILED_STEPS} steps in a row have failed")
+        if not self._take_messages(wait):
+            return False
+        self._say(ended)
+        return True
+
+    def _take_messages(self, wait: float) -> bool:
+        """Carries out what came in, waiting so many seconds for it; False = stop."""
         try:
-            message = self._inbox.get(block, HEARTBEAT_SECONDS)
+            message = self._inbox.get(wait > 0, wait)
             while not isinstance(message, Stop):
                 self._carry_out(message)
                 message = self._inbox.get_nowait()
@@ -188,7 +200,10 @@ class _CoreLoop:
                 self._core.fail_request(request, aborted)
         elif isinstance(message, ForgetUser):
             number = self._core.forget_user(message.user_tag)
-            self._forgotten.append(Forgotten(message.call, number))
+            self._calls_done.append(CallDone(message.call, number))
+        elif isinstance(message, SetTarget):
+            share = self._core.set_target(message.emb_fraction)
+            self._calls_done.append(CallDone(message.call, share))
 
     def _add(self, request: Request) -> None:
         self._requests[request.request_id] = request
@@ -201,15 +216,15 @@ class _CoreLoop:
     def _say(self, ended: list[Request]) -> None:
         """Tells the front what ended; nothing, unless a heartbeat is due, when nothing did."""
         now = time.monotonic()
-        if not ended and not self._forgotten and now - self._last_said < HEARTBEAT_SECONDS:
+        if not ended and not self._calls_done and now - self._last_said < HEARTBEAT_SECONDS:
             return
         for request in ended:
             del self._requests[request.request_id]
         message = FromCore(
             stats=EngineStats.of(self._core.scheduler),
             ended=[EndedRequest.of(request) for request in ended],
-            forgotten=self._forgotten,
+            calls_done=self._calls_done,
         )
         self._outbox.send_multipart(self._encoder.encode(message), copy=False)
-        self._forgotten = []
+        self._calls_done = []
         self._last_said = now

@@ -25,6 +25,7 @@ from helm_engine.engine_messages import (
     AddRequest,
     ForgetUser,
     FromCore,
+    SetTarget,
     Stop,
     ToCore,
     WithdrawRequest,
@@ -63,7 +64,7 @@ class EngineClient:
         self._encoder = FrameEncoder()
         self._decoder: FrameDecoder[FromCore] = FrameDecoder(FromCore)
         self._waiting: dict[str, tuple[Request, asyncio.Future[Request]]] = {}
-        self._calls: dict[int, asyncio.Future[int]] = {}
+        self._calls: dict[int, asyncio.Future[float]] = {}
         self._numbers = count()
         self._last_heard = self._last_checked = time.monotonic()
         self._watch: asyncio.TimerHandle | None = None
@@ -188,11 +189,23 @@ class EngineClient:
         Raises:
             EngineUnavailableError: the core died or hung, and all its KV with it.
         """
+        return int(await self._call(lambda number: ForgetUser(number, user_tag)))
+
+    async def set_target(self, emb_fraction: float) -> float:
+        """Asks for another split of the pool; see `Boundary.set_target`.
+
+        Raises:
+            EngineUnavailableError: the core died or hung.
+        """
+        return await self._call(lambda number: SetTarget(number, emb_fraction))
+
+    async def _call(self, message: Callable[[int], ToCore]) -> float:
+        """Sends a message that carries a number, and waits for the answer that repeats it."""
         if not self.is_alive:
             raise EngineUnavailableError(self.ended.result())
         number = next(self._numbers)
         self._calls[number] = self._loop.create_future()
-        self._send(ForgetUser(number, user_tag))
+        self._send(message(number))
         try:
             return await self._calls[number]
         finally:
@@ -269,10 +282,10 @@ class EngineClient:
                 future.set_exception(request.error)
             else:
                 future.set_result(request)
-        for forgotten in message.forgotten:
-            call = self._calls.get(forgotten.call)
+        for done in message.calls_done:
+            call = self._calls.get(done.call)
             if call is not None and not call.done():
-                call.set_result(forgotten.num_blocks)
+                call.set_result(done.value)
 
     def _check_heartbeat(self) -> None:
         """Kills a core that has said nothing for too long."""

@@ -96,11 +96,19 @@ class ForgetUser(msgspec.Struct, tag="forget", frozen=True):
     user_tag: int
 
 
+class SetTarget(msgspec.Struct, tag="target", frozen=True):
+    """Ask for another split of the pool."""
+
+    call: int
+    emb_fraction: float
+    """Within 0..1."""
+
+
 class Stop(msgspec.Struct, tag="stop", frozen=True):
     """End the process; requests that still run are dropped."""
 
 
-ToCore = AddRequest | WithdrawRequest | ForgetUser | Stop
+ToCore = AddRequest | WithdrawRequest | ForgetUser | SetTarget | Stop
 
 
 class RequestError(msgspec.Struct, frozen=True):
@@ -170,11 +178,11 @@ class EndedRequest(msgspec.Struct, frozen=True):
         request.timings_ms = StepTimings(self.load_ms, self.prefill_ms, self.score_ms)
 
 
-class Forgotten(msgspec.Struct, frozen=True):
-    """Answer to `ForgetUser`."""
+class CallDone(msgspec.Struct, frozen=True):
+    """Answer to `ForgetUser` (blocks that were forgotten) or `SetTarget` (the share to come)."""
 
     call: int
-    num_blocks: int
+    value: float
 
 
 class FromCore(msgspec.Struct, frozen=True):
@@ -182,4 +190,4 @@ class FromCore(msgspec.Struct, frozen=True):
 
     stats: EngineStats
     ended: list[EndedRequest] = []
-    forgotten: list[Forgotten] = []
+    calls_done: list[CallDone] = []

@@ -21,6 +21,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Share of the EMB slots that hold rows, 0..1."""
     emb_fraction_committed: float = 0.0
     """Share of the pool's pages that EMB holds, 0..1."""
+    emb_fraction_target: float = 0.0
+    """The share that was asked for."""
+    boundary_lag_pages: int = 0
+    """Pages that EMB has yet to get; below 0: to give."""
     steps: int = 0
     prefix_queries: int = 0
     """Context tokens of admitted requests."""
@@ -32,6 +36,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Reusable blocks given to other histories."""
     emb_evictions: int = 0
     """Rows that gave up their slot."""
+    pages_moved: int = 0
+    """Pages that changed hands between the tenants."""
+    rows_moved: int = 0
+    """Rows that were copied to another slot because their page left."""
 
     @classmethod
     def of(cls, scheduler: Scheduler) -> EngineStats:
@@ -43,6 +51,8 @@ class EngineStats(msgspec.Struct, frozen=True):
             kv_cache_usage=scheduler.kv.pool.usage,
             emb_cache_usage=scheduler.emb.usage,
             emb_fraction_committed=scheduler.pool.committed,
+            emb_fraction_target=scheduler.boundary.target,
+            boundary_lag_pages=scheduler.boundary.lag_pages,
             steps=totals.steps,
             prefix_queries=totals.prefix_queries,
             prefix_hits=totals.prefix_hits,
@@ -50,4 +60,6 @@ class EngineStats(msgspec.Struct, frozen=True):
             row_hits=totals.row_hits,
             kv_evictions=scheduler.kv.pool.num_evictions,
             emb_evictions=scheduler.emb.num_evictions,
+            pages_moved=scheduler.boundary.num_moved_pages,
+            rows_moved=scheduler.boundary.num_moved_rows,
         )

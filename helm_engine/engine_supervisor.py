@@ -189,6 +189,21 @@ class EngineSupervisor:
         if status:
             logger.error("the engine that was replaced ended with status %d", status)
 
+    async def set_target(self, emb_fraction: float) -> float:
+        """Asks for another split of the pool, of this engine and of those that may follow it.
+
+        Returns:
+            The share that will be reached; floors may forbid the one that was asked for.
+
+        Raises:
+            ValueError: not within 0..1.
+            EngineUnavailableError: no engine is ready.
+        """
+        pool = replace(self.config.pool, emb_fraction=emb_fraction)
+        share = await self.engine.client.set_target(emb_fraction)
+        self.config = replace(self.config, pool=pool)
+        return share
+
     def fail_pending(self, reason: str) -> None:
         """Answers all waiting clients with an error."""
         for client in self.clients:

@@ -64,6 +64,16 @@ class _EngineCollector(Collector):
                 "Share of the pool's pages that EMB holds, 0..1.",
                 stats.emb_fraction_committed,
             ),
+            (
+                "emb_fraction_target",
+                "Share of the pool's pages that was asked for for EMB, 0..1.",
+                stats.emb_fraction_target,
+            ),
+            (
+                "boundary_lag_pages",
+                "Pages that EMB has yet to get; below 0: to give.",
+                stats.boundary_lag_pages,
+            ),
         ):
             yield _gauge(gauge, help_text, name, value)
         for counter, help_text, value in (
@@ -78,6 +88,8 @@ class _EngineCollector(Collector):
                 stats.kv_evictions,
             ),
             ("emb_cache_evictions", "Rows that gave up their slot.", stats.emb_evictions),
+            ("pages_moved", "Pages that changed hands between tenants.", stats.pages_moved),
+            ("rows_moved", "Rows copied because their page left.", stats.rows_moved),
         ):
             yield _counter(counter, help_text, name, value)
 

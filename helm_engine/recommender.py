@@ -78,6 +78,20 @@ class Recommender:
         """Forgets all reusable KV; False, and nothing done, while a stream is being answered."""
         return self.engine.core.scheduler.kv.pool.reset_prefix_cache()
 
+    def set_target(self, emb_fraction: float) -> float:
+        """Asks for another split of the pool; pages move between the steps to come.
+
+        Args:
+            emb_fraction: the share of the pages for embedding rows, 0..1.
+
+        Returns:
+            The share that will be reached; floors may forbid the one that was asked for.
+
+        Raises:
+            ValueError: not within 0..1.
+        """
+        return self.engine.core.set_target(emb_fraction)
+
     def recommend(self, request: RequestLike) -> Recommendation:
         """Answers one request.
 

@@ -20,6 +20,7 @@ from block_manager.block_pool import BlockPool
 from block_manager.boundary import Boundary
 from block_manager.distinct_rows import DistinctRows
 from block_manager.embedding_cache import EmbeddingCache
+from block_manager.embedding_tenant import EmbeddingTenant, WidthClass
 from block_manager.exceptions import IntegrityError
 from block_manager.kv_cache_manager import KVCacheManager
 from block_manager.page_pool import PagePool, Tenant
@@ -43,6 +44,7 @@ from model_executor.step import (
     SchedulerOutput,
 )
 
+_NO_MOVES = RowMoves()
 _NO_ROWS = np.empty(0, dtype=np.int64)
 _TOO_NEAR = "the deadline is too near for the request to be finished"
 
@@ -208,7 +210,8 @@ class Scheduler:
         The step must be given to `update` or to `fail_step` before the next call.
         """
         self._expire(now)
-        moves = self.boundary.step().rows
+        # The model's rows are of one width: there is one class, and its moves are all moves.
+        moves = next((move.rows for move in self.boundary.step().rows), _NO_MOVES)
         shares = self._share_budget(now)
         refill = self.refills.plan(now)
         if not shares and not len(moves) and not self.emb.is_refilling:
@@ -332,8 +335,10 @@ class Scheduler:
             self.page_values.set_capacity(self.kv.pool.num_pages, self.emb.num_pages)
             self.page_values.observe_step(rows.row_ids, rows.counts, now)
         plan = self.emb.plan(rows.row_ids, rows.counts)
-        self.stats.row_queries += len(rows.row_ids)
-        self.stats.row_hits += int(np.count_nonzero(plan.resident))
+        num_rows, num_resident = len(rows.row_ids), int(np.count_nonzero(plan.resident))
+        self.stats.row_queries += num_rows
+        self.stats.row_hits += num_resident
+        self.refills.count_demand(num_rows - num_resident, now)
         scheduled, first = [], 0
         for share in shares:
             end = first + share.num_rows + share.num_candidates
@@ -407,6 +412,8 @@ class Scheduler:
         """
         self.emb.abandon(step.rows)
         self.emb.forget(step.moves)
+        if step.refill is not None:
+            self.emb.abandon_refill(step.refill)
         for scheduled in step.requests:
             live = self._live.get(scheduled.request_id)
             if live is not None:
@@ -463,7 +470,8 @@ def build_scheduler(
         layout.num_pages,
         track_dead,
     )
-    boundary = Boundary(pool, blocks, emb, layout, config.max_pages_per_step)
+    tenant = EmbeddingTenant([WidthClass(emb, miss_ms=1.0)])
+    boundary = Boundary(pool, blocks, tenant, layout, config.max_pages_per_step)
     return Scheduler(
         config,
         pool,

@@ -176,6 +176,20 @@ def model_version(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def tables_version(directory: Path) -> str:
+    """Digest of the file of tables: the name of their rows in a parameter server. Reads it once.
+
+    Raises:
+        ModelDirectoryError: the file cannot be read.
+    """
+    path = directory / TABLES_FILE
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelDirectoryError(f"{path}: cannot be read: {error}") from error
+
+
 def save_model(directory: Path, model: SequenceModel, tables: Mapping[str, Tensor]) -> None:
     """Writes a model directory.
 

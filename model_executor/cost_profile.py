@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from math import inf
 
+import numpy as np
+
 from model_executor.step import Retrieval, SchedulerOutput, StepTimings
 
 
@@ -27,6 +29,10 @@ class CostProfile:
     """Cost of searching the catalogue once."""
     row_miss_ms: float
     """Cost of loading one row from the host tier."""
+    round_trip_ms: float = 0.0
+    """Cost of loading any rows at all in a step, beside those of each."""
+    row_copy_ms: float = 0.0
+    """Cost of copying one row to another slot on the device."""
 
     def __post_init__(self) -> None:
         """Checks that every cost is at least 0 and finite.
@@ -48,8 +54,13 @@ class CostProfile:
         )
         candidates = sum(request.num_candidates for request in step.requests)
         retrievals = sum(isinstance(request.task, Retrieval) for request in step.requests)
+        missing = int(np.count_nonzero(~step.rows.resident))
+        load = self.row_copy_ms * len(step.moves)
+        if missing:
+            load += self.round_trip_ms + self.row_miss_ms * missing
+        step_ms = self.step_ms if step.requests else 0.0
         return StepTimings(
-            load=self.row_miss_ms * float((~step.rows.resident).sum()),
-            prefill=self.step_ms + self.prefill_row_ms * rows + self.attention_pair_ms * pairs,
+            load=load,
+            prefill=step_ms + self.prefill_row_ms * rows + self.attention_pair_ms * pairs,
             score=self.candidate_ms * candidates + self.retrieval_ms * retrievals,
         )

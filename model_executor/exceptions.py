@@ -9,3 +9,7 @@ class ModelDirectoryError(ValueError):
 
 class RowsUnavailableError(RuntimeError):
     """The host tier could not deliver embedding rows."""
+
+
+class TablesMismatchError(ValueError):
+    """The host tier holds other tables than the model needs; the message names the field."""

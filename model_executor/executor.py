@@ -15,6 +15,7 @@ class Executor(Protocol):
 
         Raises:
             RowsUnavailableError: the host tier could not deliver rows. No request of the step
-                got a result and none of its rows may be counted as resident.
+                got a result, none of its rows may be counted as resident and its refill has not
+                begun.
         """
         ...

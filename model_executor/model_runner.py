@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,12 +13,14 @@ from torch import Tensor
 from block_manager.pool_layout import PoolLayout
 from block_manager.row_plan import RowPlan
 from model_executor.attention.backend import AttentionBackend
+from model_executor.background_refill import BackgroundRefill
 from model_executor.device_memory import DeviceMemory
 from model_executor.host_store import HostStore
 from model_executor.models.heads import RetrievalHead
 from model_executor.models.sequence_model import RankingModel, RetrievalModel, SequenceModel
 from model_executor.page_arena import PageArena
 from model_executor.paged_batch import PagedBatch, build_paged_batch, to_device
+from model_executor.row_loader import RowLoader
 from model_executor.step import (
     NO_ROW,
     CandidateScoring,
@@ -87,7 +90,8 @@ class ModelRunner:
             if max_retrieval_matrix_bytes and isinstance(model, RetrievalModel)
             else None
         )
-        self._table = table
+        self.loader = RowLoader(table, 4 * model.config.row_dim)
+        self._refill = BackgroundRefill(self.loader, self.arena.rows, device, self._dtype)
         self._layout = layout
         self._attention = attention
         self._device = device
@@ -116,7 +120,7 @@ class ModelRunner:
             timer.mark()
             if not step.requests:
                 timer.mark()
-                return ModelOutput({}, {}, timer.result(), refill_failed=step.refill)
+                return self._ended(step, ModelOutput({}, {}, timer.result()))
             batch = self._batch(step.requests)
             rows = self._token_rows(step.requests, addresses)
             x = self.model.embed(rows, batch)
@@ -132,7 +136,14 @@ class ModelRunner:
                 scores = self._inner_products(self.model, step.requests, users, addresses)
                 retrieved = self._retrieve(step.requests, users)
             parts = _by_request(step.requests, scores)
-            return ModelOutput(parts, retrieved, timer.result(), refill_failed=step.refill)
+            return self._ended(step, ModelOutput(parts, retrieved, timer.result()))
+
+    def _ended(self, step: SchedulerOutput, output: ModelOutput) -> ModelOutput:
+        """Nothing of the step can fail any more: its refill begins, the one before is reported."""
+        refilled, failed = self._refill.take_ended()
+        if step.refill is not None:
+            self._refill.begin(step.refill)
+        return replace(output, refilled=refilled, refill_failed=failed)
 
     @torch.inference_mode()
     def encode(self, step: SchedulerOutput) -> Tensor:
@@ -149,22 +160,23 @@ class ModelRunner:
         return self.model.encode(x, batch, self.arena.kv, self._attention, all_rows=True)
 
     def _prepare_memory(self, step: SchedulerOutput) -> None:
-        """Moves rows whose page leaves, then poisons what died."""
+        """Moves rows whose page leaves, poisons what died, writes what a refill brought."""
         if len(step.moves):
-            self.arena.move_rows(
+            self.arena.rows.move(
                 to_device(step.moves.sources, self._device),
                 to_device(step.moves.destinations, self._device),
             )
         if step.dead_blocks:
             self.arena.poison_pages(torch.tensor(step.dead_blocks, device=self._device))
         if len(step.dead_slots):
-            self.arena.poison_slots(to_device(step.dead_slots, self._device))
+            self.arena.rows.poison(to_device(step.dead_slots, self._device))
+        self._refill.write_landed()
 
     def _load_rows(self, plan: RowPlan) -> Int64Array:
         """Copies the missing rows to the device; returns the address of every row of the plan."""
         admitted, staged = plan.admitted, plan.staged
         if len(admitted):
-            self.arena.write_slots(
+            self.arena.rows.write(
                 to_device(plan.slots[admitted], self._device),
                 self._fetch(plan.row_ids[admitted]),
             )
@@ -176,7 +188,7 @@ class ModelRunner:
 
     def _fetch(self, row_ids: Int64Array) -> Tensor:
         """Rows of the host tier on the device, float [n, row_dim]."""
-        return torch.from_numpy(self._table.read_rows(row_ids)).to(self._device, self._dtype)
+        return torch.from_numpy(self.loader.load(row_ids)).to(self._device, self._dtype)
 
     def _batch(self, requests: tuple[ScheduledRequest, ...]) -> PagedBatch:
         in_sequence = isinstance(self.model, RankingModel)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from block_manager.pool_layout import PoolLayout
 from model_executor.model_config import ModelConfig
+from model_executor.row_pages import RowPages
 from model_executor.step import Int64Array
 
 
@@ -87,10 +88,10 @@ class PageArena:
 
         first_staging = layout.num_pages * self._page_elements
         self._staging = self._storage[first_staging:].view(layout.staging_rows, self._row_elements)
-        self._slots = self._storage.as_strided(
-            (layout.num_pages, layout.rows_per_page, self._row_elements),
-            (self._page_elements, self._row_elements, 1),
+        self.rows = RowPages(
+            self._storage, layout.num_pages, layout.page_bytes, self._row_elements, dtype
         )
+        """Rows in pages; `addresses` and `read_rows` reach those of staging too."""
 
     def _view_kv(self, config: ModelConfig) -> PagedKV:
         tokens = self.layout.block_tokens
@@ -132,18 +133,6 @@ class PageArena:
         """Copies the rows at these addresses: float [n, D]."""
         return self._rows.index_select(0, addresses)
 
-    def write_slots(self, slots: Tensor, rows: Tensor) -> None:
-        """Writes rows [n, D] to distinct slots (int64 [n])."""
-        per_page = self.layout.rows_per_page
-        pages = torch.div(slots, per_page, rounding_mode="floor")
-        self._slots.index_put_((pages, slots - pages * per_page), rows)
-
-    def move_rows(self, sources: Tensor, destinations: Tensor) -> None:
-        """Copies rows from slot to slot (int64 [n] each); no source is a destination."""
-        per_page = self.layout.rows_per_page
-        pages = torch.div(sources, per_page, rounding_mode="floor")
-        self.write_slots(destinations, self._slots[pages, sources - pages * per_page])
-
     def write_staging(self, indices: Tensor, rows: Tensor) -> None:
         """Writes rows [n, D] to distinct places of staging (int64 [n])."""
         self._staging.index_copy_(0, indices, rows)
@@ -156,11 +145,6 @@ class PageArena:
         """Fills whole pages (int64 [n]) with NaN: a later read of freed KV shows as NaN."""
         pages = self._storage[: self.layout.num_pages * self._page_elements]
         pages.view(self.layout.num_pages, -1).index_fill_(0, page_ids, math.nan)
-
-    def poison_slots(self, slots: Tensor) -> None:
-        """Fills row slots (int64 [n]) with NaN."""
-        nan = self._storage.new_full((len(slots), self._row_elements), math.nan)
-        self.write_slots(slots, nan)
 
 
 @njit(nogil=True, cache=True)

@@ -70,8 +70,8 @@ class ScheduledRequest:
 class SchedulerOutput:
     """Everything an executor must do in one step.
 
-    In this order: move rows, poison, put refilled rows in their slots, load, begin the refill,
-    prefill, score. Without requests it is all but the last two.
+    In this order: move rows, poison, put refilled rows in their slots, load, prefill, score, begin
+    the refill. A step that fails begins none.
     """
 
     requests: tuple[ScheduledRequest, ...]

@@ -1,4 +1,4 @@
-"""What changes the server: reloading a model, forgetting a user."""
+"""What changes the server: reloading a model, moving the pool's boundary, forgetting a user."""
 
 from __future__ import annotations
 
@@ -51,6 +51,27 @@ class ReloadedModel(BaseModel):
     version: str
 
 
+class BoundaryRequest(BaseModel):
+    """Body of `PUT /v1/admin/boundary`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    emb_fraction: float = Field(
+        ge=0.0, le=1.0, description="Share of the pool's pages for embedding rows."
+    )
+
+
+class BoundaryState(BaseModel):
+    """Answer of `PUT` and `GET /v1/admin/boundary`: shares of the pool's pages, 0..1."""
+
+    target: float
+    """Asked for; floors may forbid to reach it."""
+    committed: float
+    """Held by embedding rows now."""
+    lag_pages: int
+    """Pages that embedding rows have yet to get; below 0: to give."""
+
+
 class ForgottenUser(BaseModel):
     """Answer of `POST /v1/users/{user}:forget`."""
 
@@ -77,6 +98,36 @@ async def reload(request: Request, body: ReloadRequest | None = None) -> Reloade
         # A server that ends does not wait for a model to load.
         raise ending from None
     return ReloadedModel(model=served.name, version=served.version)
+
+
+@router.put("/v1/admin/boundary", responses=error_responses(403))
+async def set_boundary(request: Request, body: BoundaryRequest) -> BoundaryState:
+    """Ask for another split of the pool; needs the admin key.
+
+    Pages change hands between steps while requests run; `lag_pages` says how many have yet to.
+    """
+    await request.app.state.recommender.supervisor.set_target(body.emb_fraction)
+    return _boundary(request)
+
+
+@router.get("/v1/admin/boundary", responses=error_responses(403))
+async def get_boundary(request: Request) -> BoundaryState:
+    """Where the boundary of the pool is, and where it is to be; needs the admin key."""
+    return _boundary(request)
+
+
+def _boundary(request: Request) -> BoundaryState:
+    """The engine's last report of its boundary.
+
+    Raises:
+        EngineUnavailableError: no engine is ready.
+    """
+    stats = request.app.state.recommender.supervisor.engine.client.stats
+    return BoundaryState(
+        target=stats.emb_fraction_target,
+        committed=stats.emb_fraction_committed,
+        lag_pages=stats.boundary_lag_pages,
+    )
 
 
 @router.post("/v1/users/{user:any}:forget")

@@ -12,6 +12,8 @@ from rich.progress import TaskProgressColumn
 
 from helm_engine.entrypoints.bench import EXAMPLES as BENCH_EXAMPLES
 from helm_engine.entrypoints.bench import bench
+from helm_engine.entrypoints.boundary import EXAMPLES as BOUNDARY_EXAMPLES
+from helm_engine.entrypoints.boundary import boundary
 from helm_engine.entrypoints.command import CommandError, HelmCommand, HelmGroup
 from helm_engine.entrypoints.engine_options import (
     ENGINE_CONTEXT,
@@ -89,6 +91,9 @@ app.command(
 
 
 app.command(cls=HelmCommand, epilog=BENCH_EXAMPLES)(bench)
+
+
+app.command(cls=HelmCommand, epilog=BOUNDARY_EXAMPLES)(boundary)
 
 
 @app.command(cls=HelmCommand, epilog=_CONVERT_EXAMPLES)

@@ -55,11 +55,11 @@ class EmbeddingCacheMachine(RuleBasedStateMachine):
         self.open: RowPlan | None = None
 
     def count(self, batch: dict[int, int]) -> None:
-        """TinyLFU's counts: they stop at 255 and are halved after ten accesses per slot."""
+        """TinyLFU's counts stop at 255 and are halved after ten accesses per slot of 8 pages."""
         for row, times in batch.items():
             self.heat[row] = min(255, self.heat[row] + times)
         self.accesses += sum(batch.values())
-        if self.accesses >= max(1, 10 * len(self.slots)):
+        if self.accesses >= 10 * max(8 * ROWS_PER_PAGE, len(self.slots)):
             self.accesses = 0
             self.heat = Counter({row: count // 2 for row, count in self.heat.items()})
 

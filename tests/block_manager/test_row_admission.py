@@ -91,7 +91,7 @@ def test_row_of_the_running_step_is_not_displaced_by_a_hotter_one() -> None:
 def test_hot_set_of_the_past_gives_way_to_a_new_one() -> None:
     cache = cache_of_hot_rows(times=255)
     # Counts that never aged would ask for 255 accesses of each new row.
-    for _ in range(60):
+    for _ in range(500):
         use(cache, [4, 5, 6, 7])
     assert resident(cache) == {4, 5, 6, 7}
 

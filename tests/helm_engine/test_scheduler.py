@@ -42,7 +42,7 @@ class RecordingExecutor(SimulatedExecutor):
     """Keeps the steps it was given."""
 
     def __init__(self, clock: VirtualClock) -> None:
-        super().__init__(PROFILE, clock.advance)
+        super().__init__(PROFILE, clock)
         self.steps: list[SchedulerOutput] = []
 
     def execute(self, step: SchedulerOutput) -> ModelOutput:

@@ -97,7 +97,7 @@ def all_row_addresses(arena: PageArena) -> Tensor:
 def write_all_rows(arena: PageArena, rows: Tensor) -> None:
     """To every slot of every page, then to staging."""
     slots = all_slots(arena)
-    arena.write_slots(slots, rows[: len(slots)])
+    arena.rows.write(slots, rows[: len(slots)])
     arena.write_staging(torch.arange(STAGING_ROWS), rows[len(slots) :])
 
 
@@ -143,7 +143,7 @@ def test_rows_and_blocks_of_different_pages_share_no_memory(
     k = numbered(arena.kv.k.shape, first=rows.numel())[~of_rows]
     v = -numbered(arena.kv.v.shape, first=1)[~of_rows]
     arena.kv.k[~of_rows] = k
-    arena.write_slots(slots, rows[: len(slots)])
+    arena.rows.write(slots, rows[: len(slots)])
     arena.write_staging(staging, rows[len(slots) :])
     arena.kv.v[~of_rows] = v
     addresses = torch.cat([slot_addresses(arena, slots), staging_addresses(arena, staging)])
@@ -238,7 +238,7 @@ def test_rows_are_written_to_slots_in_any_order() -> None:
     order = torch.randperm(len(all_slots(arena)), generator=torch.Generator().manual_seed(0))
     rows = numbered(torch.Size([len(order), 7]))
     for slot in order:
-        arena.write_slots(slot.view(1), rows[slot].view(1, 7))
+        arena.rows.write(slot.view(1), rows[slot].view(1, 7))
     assert torch.equal(arena.read_rows(slot_addresses(arena, order)), rows[order])
 
 
@@ -246,7 +246,7 @@ def test_read_rows_are_copies() -> None:
     arena = make_arena()
     slot = torch.tensor([5])
     row = arena.read_rows(slot_addresses(arena, slot))
-    arena.write_slots(slot, torch.ones(1, 7))
+    arena.rows.write(slot, torch.ones(1, 7))
     assert not row.any()
 
 
@@ -295,7 +295,7 @@ def test_poisoned_pages_are_nan_throughout_and_the_others_are_not_touched() -> N
 
 def test_poisoned_slots_are_nan_and_their_neighbours_are_not() -> None:
     arena = make_arena()
-    arena.poison_slots(torch.tensor([0, 20, 89]))
+    arena.rows.poison(torch.tensor([0, 20, 89]))
     poisoned = arena.read_rows(all_row_addresses(arena)).isnan().all(dim=1)
     assert poisoned.nonzero().flatten().tolist() == [0, 20, 89]
     assert int(all_elements(arena).isnan().sum()) == 3 * 7

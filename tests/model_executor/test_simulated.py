@@ -106,7 +106,7 @@ def test_cost_of_zero_is_allowed() -> None:
 
 def test_clock_advances_by_the_price_of_each_step() -> None:
     clock = VirtualClock()
-    executor = SimulatedExecutor(make_profile(), clock.advance)
+    executor = SimulatedExecutor(make_profile(), clock)
     step = step_of(request("a", 3, 2, candidates(4)), missing=3)
     price_s = (0.5 + 2 * 0.1 + 9 * 0.01 + 4 * 0.002 + 3 * 0.03) / 1000
     executor.execute(step)
@@ -118,7 +118,7 @@ def test_clock_advances_by_the_price_of_each_step() -> None:
 def test_timings_of_the_answer_are_the_price() -> None:
     profile = make_profile()
     step = step_of(request("a", 3, 2, candidates(4)), missing=3)
-    output = SimulatedExecutor(profile, VirtualClock().advance).execute(step)
+    output = SimulatedExecutor(profile, VirtualClock()).execute(step)
     assert output.timings_ms == profile.price(step)
 
 
@@ -128,7 +128,7 @@ def test_every_candidate_gets_a_score_and_every_retrieval_an_answer() -> None:
         request("searched", 0, 1, Retrieval(5, np.empty(0, dtype=np.int64))),
         request("prefilled", 0, 1),
     )
-    output = SimulatedExecutor(make_profile(), VirtualClock().advance).execute(step)
+    output = SimulatedExecutor(make_profile(), VirtualClock()).execute(step)
     shapes: dict[str, Any] = {name: part.shape for name, part in output.candidate_scores.items()}
     assert shapes == {"scored": (4, 1)}
     assert output.retrieved.keys() == {"searched"}

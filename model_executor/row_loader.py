@@ -1,0 +1,160 @@
+"""The one reader of the host tier: demand misses at once, refill in the background.
+
+Refill goes chunk by chunk on a thread of its own, and a chunk is not begun while a demand read is
+in progress: a demand miss waits for no refill, or on a single slow link for the rest of one chunk.
+Stores that keep connections give each thread its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from block_manager.refill import HostTraffic, TrafficClass
+from model_executor.exceptions import RowsUnavailableError
+from model_executor.host_store import HostStore
+
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+
+CHUNK_ROWS = 64
+CHUNK_BYTES = 256 << 10
+"""A chunk ends at whichever comes first: 2 ms of a link of 1 Gbit/s, the most that a demand miss
+behind it can be late."""
+
+
+@dataclass(frozen=True, slots=True)
+class LandedRows:
+    """A part of a refill that is over, for better or worse."""
+
+    ticket: int
+    """Of the refill, as `start_refill` was told."""
+    row_ids: Int64Array
+    """[n]"""
+    rows: Float32Array | None
+    """[n, D]; None = they could not be had."""
+    error: RowsUnavailableError | None = None
+    """Why not."""
+
+
+class RowLoader:
+    """Owns a host store. `load`, `start_refill` and `take_landed` are for the step's thread."""
+
+    def __init__(self, store: HostStore, row_bytes: int, chunk_rows: int = CHUNK_ROWS) -> None:
+        """Takes the store and the bytes of one of its rows; no thread runs before a refill."""
+        self.traffic = HostTraffic()
+        """Bytes and failures by class; refill is counted when it is taken."""
+        self._store = store
+        self._chunk_rows = max(1, min(chunk_rows, CHUNK_BYTES // row_bytes))
+        self._state = threading.Condition()
+        # What follows is guarded by it.
+        self._demand_reads = 0
+        self._waiting: deque[Int64Array] = deque()
+        self._ticket = 0
+        self._reading = False
+        self._landed: list[LandedRows] = []
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def load(self, row_ids: Int64Array) -> Float32Array:
+        """Rows that a running step needs (int64 [n]): float32 [n, D].
+
+        Raises:
+            RowsUnavailableError: the rows cannot be had now.
+        """
+        with self._state:
+            self._demand_reads += 1
+        try:
+            rows = self._store.read_rows(row_ids)
+        except RowsUnavailableError:
+            self.traffic.count_failure(TrafficClass.DEMAND_MISS)
+            raise
+        finally:
+            with self._state:
+                self._demand_reads -= 1
+                self._state.notify_all()
+        self.traffic.count(TrafficClass.DEMAND_MISS, rows.nbytes)
+        return rows
+
+    @property
+    def is_refilling(self) -> bool:
+        """Whether rows of a refill have not landed yet."""
+        with self._state:
+            return self._reading or bool(self._waiting)
+
+    def start_refill(self, ticket: int, row_ids: Int64Array) -> None:
+        """Begins to read rows (int64 [n]) in the background, in this order.
+
+        Every one of them lands once, with its values or with an error.
+
+        Raises:
+            RuntimeError: the refill before is not over, or the loader is closed.
+        """
+        with self._state:
+            if self._closed:
+                raise RuntimeError("the loader is closed")
+            if self._reading or self._waiting:
+                raise RuntimeError(f"refill {self._ticket} has not landed yet")
+            self._ticket = ticket
+            for first in range(0, len(row_ids), self._chunk_rows):
+                self._waiting.append(row_ids[first : first + self._chunk_rows].copy())
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="refill", daemon=True)
+                self._thread.start()
+            self._state.notify_all()
+
+    def take_landed(self) -> list[LandedRows]:
+        """What has landed since the last call, in the order it was asked for."""
+        with self._state:
+            landed, self._landed = self._landed, []
+        for one in landed:
+            if one.rows is not None:
+                self.traffic.count(TrafficClass.REFILL, one.rows.nbytes)
+            else:
+                self.traffic.count_failure(TrafficClass.REFILL)
+        return landed
+
+    def close(self) -> None:
+        """Ends the thread after the chunk that it reads; what has not been read never lands."""
+        with self._state:
+            self._closed = True
+            self._waiting.clear()
+            self._state.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._state:
+                self._state.wait_for(
+                    lambda: self._closed or (self._waiting and not self._demand_reads)
+                )
+                if self._closed:
+                    return
+                row_ids, ticket = self._waiting.popleft(), self._ticket
+                self._reading = True
+            landed = self._read(ticket, row_ids)
+            with self._state:
+                self._landed.append(landed)
+                if landed.error is not None and self._waiting:
+                    # The rest would fail too, each after its own time-out.
+                    rest = np.concatenate(list(self._waiting))
+                    self._landed.append(LandedRows(ticket, rest, None, landed.error))
+                    self._waiting.clear()
+                self._reading = False
+
+    def _read(self, ticket: int, row_ids: Int64Array) -> LandedRows:
+        try:
+            return LandedRows(ticket, row_ids, self._store.read_rows(row_ids))
+        except RowsUnavailableError as error:
+            return LandedRows(ticket, row_ids, None, error)
+        except Exception as error:
+            # Nobody asked for these rows: whatever it is, no request may fail of it.
+            failure = RowsUnavailableError(f"refill failed: {error!r}")
+            failure.__cause__ = error
+            return LandedRows(ticket, row_ids, None, failure)
