@@ -249,9 +249,7 @@ def overhead(size: Size, seed: int, samplings: Sequence[SamplingConfig]) -> list
             "row_share": one.row_share,
             "added": float(np.median(added[:, place])),
             "added_quartiles": np.quantile(added[:, place], [0.25, 0.75]).tolist(),
-            "added_us_per_visit": float(
-                np.median(spent[:, 1 + place] - spent[:, 0]) / turn * 1e6
-            ),
+            "added_us_per_visit": float(np.median(spent[:, 1 + place] - spent[:, 0]) / turn * 1e6),
             "scheduler_us_per_visit": float(np.median(spent[:, 0]) / turn * 1e6),
         }
         for place, one in enumerate(samplings)

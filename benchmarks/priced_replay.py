@@ -85,7 +85,7 @@ class PricingExecutor(SimulatedExecutor):
     """Adds up what steps cost, apart from the fixed cost of a step."""
 
     def __init__(self, profile: CostProfile, clock: VirtualClock) -> None:
-        super().__init__(profile, clock.advance)
+        super().__init__(profile, clock)
         self._step_ms = profile.step_ms
         self.total_ms = 0.0
 

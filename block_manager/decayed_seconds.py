@@ -35,8 +35,7 @@ class DecayedSeconds:
         if passed < self._tick:
             return None
         factor = exp(-passed / self._window)
-        # As if what was seen meanwhile had come evenly: it counts in full from now on.
-        self._seconds = (self._seconds + passed) * factor
+        self._seconds = self._seconds * factor + self._window * (1.0 - factor)
         self._last = now
         return factor
 

@@ -3,9 +3,10 @@
 The EMB tenant counts, ages and refuses, so reuse distances do not tell what it would hold at
 another size. But a cache that sees a hashed share of the rows and has this share of the slots hits
 about as often as the whole one: miniature simulation (Waldspurger, Saemundsson, Ahmad and Park,
-"Cache Modeling and Optimization using Miniature Simulations", ATC 2017). Three miniatures of our own
-`EmbeddingCache`, one smaller and one larger by a step than the tenant is now, see the same lookups.
-What they differ by is what the step is worth; what they have in common cancels, also their errors.
+"Cache Modeling and Optimization using Miniature Simulations", ATC 2017). Three miniatures of our
+own `EmbeddingCache` see the same lookups: one of the tenant's size, one a step smaller and one a
+step larger. What they differ by is what the step is worth; what they have in common cancels, and
+with it most of their error.
 """
 
 from __future__ import annotations
@@ -41,18 +42,23 @@ class SlotGains(NamedTuple):
 class MiniatureCaches:
     """Three sizes of the EMB tenant over a hashed share of its rows."""
 
-    def __init__(self, num_slots: int, num_rows: int, sample: SpatialSample) -> None:
-        """Takes the slots that the tenant can have at most."""
-        self._sample = sample
+    def __init__(
+        self, num_pages: int, rows_per_page: int, num_rows: int, sample: SpatialSample
+    ) -> None:
+        """Takes the pages that the tenant can have at most, and the table's rows."""
         self._place_of_row, num_sampled = sample.places(num_rows)
-        self._most_slots = self._scaled(num_slots)
+        slots_per_page = rows_per_page * sample.share
+        self._slots_per_page = max(1, round(slots_per_page))
+        self._pages_per_page = slots_per_page / self._slots_per_page
+        """Where a page's share is less than one slot, several pages share one of a slot."""
+        self._most_pages = max(1, self._scaled(num_pages))
         self._distinct = DistinctRows(num_sampled)
         self._caches = [
-            EmbeddingCache(_NOTHING, 1, max(1, num_sampled), max(1, self._most_slots))
+            EmbeddingCache(_NOTHING, self._slots_per_page, max(1, num_sampled), self._most_pages)
             for _ in range(3)
         ]
-        self._absent = [np.arange(self._most_slots)[::-1] for _ in self._caches]
-        """Pages, of one slot each, that each miniature does not have."""
+        self._absent = [np.arange(self._most_pages)[::-1] for _ in self._caches]
+        """Pages that each miniature does not have."""
         self._rows = np.empty(_MAX_MERGED, dtype=np.int64)
         self._times = np.empty(_MAX_MERGED, dtype=np.int64)
         self._num_kept = 0
@@ -61,36 +67,35 @@ class MiniatureCaches:
         self.num_samples = 0.0
         """Lookups that the miniatures have seen, decayed."""
 
-    def _scaled(self, num_slots: float) -> int:
-        return round(num_slots * self._sample.share)
+    def _scaled(self, num_pages: int) -> int:
+        return round(num_pages * self._pages_per_page)
 
-    def resize(self, num_slots: int, step: int) -> float:
-        """Follows the tenant: sizes `step` slots below, at and above `num_slots`.
+    def resize(self, num_pages: int, step: int) -> float:
+        """Follows the tenant: sizes `step` pages below, at and above `num_pages`.
 
         Returns:
             How much of what was learnt still counts: a move by one step leaves 1 / e of it.
         """
         self._flush()
-        sizes = [max(0, num_slots - step), num_slots, num_slots + step]
-        moved = abs(self._scaled(num_slots) - self._caches[1].num_slots)
-        for place, size in enumerate(sizes):
-            self._resize_one(place, min(self._scaled(size), self._most_slots))
+        moved = abs(self._scaled(num_pages) - self._caches[1].num_pages)
+        for place, size in enumerate((max(0, num_pages - step), num_pages, num_pages + step)):
+            self._resize_one(place, min(self._scaled(size), self._most_pages))
         slots = self._caches[1].num_slots
         self._num_merged = min(max(slots // _SLOTS_PER_MERGED, _MIN_MERGED), _MAX_MERGED)
         factor = exp(-moved / max(1, self._scaled(step)))
         self.fade(factor)
         return factor
 
-    def _resize_one(self, place: int, num_slots: int) -> None:
-        """Gives or takes slots; new ones are refilled at once, as the tenant refills its own."""
+    def _resize_one(self, place: int, num_pages: int) -> None:
+        """Gives or takes pages; new ones are refilled at once, as the tenant refills its own."""
         cache, absent = self._caches[place], self._absent[place]
-        change = num_slots - cache.num_slots
+        change = num_pages - cache.num_pages
         if change < 0:
-            slots, _ = cache.shrink(-change)
-            self._absent[place] = np.concatenate([absent, slots])
+            pages, _ = cache.shrink(-change)
+            self._absent[place] = np.concatenate([absent, pages])
         elif change > 0:
             self._absent[place] = absent[: len(absent) - change]
-            cache.grow(absent[len(absent) - change :][::-1].copy())
+            cache.grow(absent[len(absent) - change :])
             while cache.wants_refill:
                 refill = cache.plan_refill(cache.num_free_slots)
                 if refill is not None:

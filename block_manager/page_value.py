@@ -25,6 +25,8 @@ _STEPS_PER_TENANT = 8
 """One page is told from the next by the mean over a step of an eighth of the tenant's pages."""
 _STEPS_PER_POOL = 128
 """A tenant of few pages takes larger steps."""
+_LEAST_MOVES_PER_STEP = 4
+"""Moves by less than a quarter of a step are not followed by the miniatures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class PageValueEstimator:
         rows = SpatialSample(config.row_share, config.seed)
         most_pages = num_pages + self._step(num_pages)
         self._kv = KVReuseCurve(most_pages, block_tokens, num_rows, costs, users)
-        self._emb = MiniatureCaches(num_pages * rows_per_page, num_rows, rows)
+        self._emb = MiniatureCaches(most_pages, rows_per_page, num_rows, rows)
         self._kv_time = DecayedSeconds(config.window_s)
         self._emb_time = DecayedSeconds(config.window_s)
         self._kv_pages = self._emb_pages = 0
@@ -91,12 +93,15 @@ class PageValueEstimator:
         """As of the last time that sums faded: a 64th of the window is the most it lags."""
 
     def set_capacity(self, kv_pages: int, emb_pages: int) -> None:
-        """Takes the pages that each tenant has now; KV's with the null block."""
+        """Takes the pages that each tenant has now; KV's with the null block.
+
+        The miniatures of EMB follow once it has moved by a part of a step: they need no less.
+        """
         self._kv_pages = kv_pages
-        if emb_pages != self._emb_pages:
+        step = self._step(emb_pages)
+        if abs(emb_pages - self._emb_pages) * _LEAST_MOVES_PER_STEP >= step:
             self._emb_pages = emb_pages
-            step = self._step(emb_pages) * self._rows_per_page
-            self._emb_time.forget(self._emb.resize(emb_pages * self._rows_per_page, step))
+            self._emb_time.forget(self._emb.resize(emb_pages, step))
 
     def _step(self, pages: int) -> int:
         """Pages of one step at this size of a tenant."""

@@ -48,7 +48,11 @@ class SpatialSample:
         for shift, multiplier in _MULTIPLIERS:
             bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(multiplier)
         bits ^= bits >> np.uint64(31)
-        chosen = np.flatnonzero(bits < np.uint64(self._limit)) if self.share < 1.0 else np.arange(num_ids)
+        chosen = (
+            np.flatnonzero(bits < np.uint64(self._limit))
+            if self.share < 1.0
+            else np.arange(num_ids)
+        )
         places = np.full(num_ids, NOT_SAMPLED, dtype=np.int32)
         places[chosen] = np.arange(len(chosen))
         return places, len(chosen)
