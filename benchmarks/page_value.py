@@ -32,7 +32,6 @@ from block_manager.page_value import SamplingConfig
 from helm_engine.datasets.returning_users import ReturningUsersConfig
 from model_executor.cost_profile import CostProfile
 
-VISITS_PER_S = 200.0
 WINDOW_S = 5.0
 SHARES = (1.0, 1 / 4, 1 / 16)
 STEPS_PER_TENANT = 8
@@ -62,7 +61,7 @@ PROFILES = {
 """Milliseconds; what counts is their proportion."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
     """A population, and how long it is watched."""
 
@@ -72,6 +71,10 @@ class Size:
     visits: int
     splits: dict[str, tuple[int, int]]
     """Pages of KV and of EMB, by name."""
+    visits_per_s: float = 200.0
+    history: int = 200
+    max_history: int = 480
+    candidates: int = 64
 
     def trace(self, seed: int) -> list[TracedVisit]:
         """Visits to warm up, then those that are measured."""
@@ -81,38 +84,50 @@ class Size:
             num_categories=20,
             item_zipf=1.0,
             user_zipf=0.8,
-            first_history=200,
-            first_history_sd=80,
+            first_history=self.history,
+            first_history_sd=0.4 * (self.max_history - self.history),
             new_events=10,
-            max_history=480,
-            num_candidates=64,
+            max_history=self.max_history,
+            num_candidates=self.candidates,
             p_return=0.6,
             recent_users=self.users / 10,
             seed=seed,
         )
-        return traced_visits(config, self.warm_visits + self.visits, VISITS_PER_S)
+        return traced_visits(config, self.warm_visits + self.visits, self.visits_per_s)
 
 
 FULL = Size(
-    users=4000,
-    items=100_000,
-    warm_visits=10_000,
-    visits=24_000,
+    users=3000,
+    items=60_000,
+    warm_visits=6000,
+    visits=12_000,
     splits={
-        "middle": (8000, 512),
-        "small_kv": (2000, 512),
-        "large_kv": (24_000, 512),
-        "small_emb": (8000, 128),
-        "large_emb": (8000, 1536),
+        "middle": (6000, 384),
+        "small_kv": (1500, 384),
+        "large_kv": (18_000, 384),
+        "small_emb": (6000, 96),
+        "large_emb": (6000, 1024),
     },
 )
 QUICK = Size(
     users=600,
     items=20_000,
-    warm_visits=2000,
-    visits=4000,
-    splits={"middle": (1500, 150), "small_kv": (500, 150), "large_emb": (1500, 400)},
+    warm_visits=1500,
+    visits=2000,
+    splits={"middle": (1500, 150), "small_kv": (500, 150)},
 )
+LONG = Size(
+    users=100,
+    items=400_000,
+    warm_visits=400,
+    visits=1200,
+    splits={"middle": (20_000, 2048)},
+    visits_per_s=20.0,
+    history=3600,
+    max_history=4096,
+    candidates=256,
+)
+"""Histories that are long enough to weigh on the scheduler, to see what the estimate adds there."""
 
 
 def brute_force(
@@ -206,7 +221,7 @@ def cell(size: Size, seed: int, profile_name: str, split_name: str) -> list[dict
 
 
 class Stopwatch:
-    """Time within a scheduler's own methods."""
+    """Processor time within a scheduler's own methods: others may use the machine too."""
 
     def __init__(self, replay: Replay) -> None:
         self.seconds = 0.0
@@ -215,15 +230,17 @@ class Stopwatch:
 
     def _timed(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            started = time.perf_counter()
+            started = time.thread_time()
             result = inner(*args)
-            self.seconds += time.perf_counter() - started
+            self.seconds += time.thread_time() - started
             return result
 
         return call
 
 
-def overhead(size: Size, seed: int, samplings: Sequence[SamplingConfig]) -> list[dict[str, Any]]:
+def overhead(
+    shape: str, size: Size, seed: int, samplings: Sequence[SamplingConfig]
+) -> list[dict[str, Any]]:
     """What each sampling adds to the scheduler's time: engines take turns, some visits each."""
     trace, split = size.trace(seed), size.splits["middle"]
     profile = PROFILES["fast_tier"]
@@ -245,8 +262,10 @@ def overhead(size: Size, seed: int, samplings: Sequence[SamplingConfig]) -> list
     added = spent[:, 1:] / spent[:, :1] - 1.0
     return [
         {
+            "shape": shape,
             "user_share": one.user_share,
             "row_share": one.row_share,
+            "is_default": one == SamplingConfig(),
             "added": float(np.median(added[:, place])),
             "added_quartiles": np.quantile(added[:, place], [0.25, 0.75]).tolist(),
             "added_us_per_visit": float(np.median(spent[:, 1 + place] - spent[:, 0]) / turn * 1e6),
@@ -264,18 +283,19 @@ def main() -> None:
     wanted = [
         (seed, profile, split)
         for seed in arguments.seeds
-        for profile in PROFILES
-        for split in size.splits
+        for profile, splits in (("slow_tier", size.splits), ("fast_tier", ["middle"]))
+        for split in splits
     ]
     for seed, profile, split in track(wanted, description="splits"):
         cells += cell(size, seed, profile, split)
-    samplings = [SamplingConfig(share, share, WINDOW_S) for share in SHARES]
-    samplings.append(SamplingConfig(window_s=WINDOW_S))
-    figures = {
-        "window_s": WINDOW_S,
-        "overhead": overhead(size, arguments.seeds[0], samplings),
-        "cells": cells,
-    }
+    samplings = [*(SamplingConfig(share, share) for share in SHARES), SamplingConfig()]
+    shapes = {"short": size, "long": LONG}
+    costs = [
+        line
+        for shape, one in shapes.items()
+        for line in overhead(shape, one, arguments.seeds[0], samplings)
+    ]
+    figures = {"window_s": WINDOW_S, "overhead": costs, "cells": cells}
     write_result(arguments.json, figures, arguments.seeds)
 
 

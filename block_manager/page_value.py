@@ -33,9 +33,9 @@ _LEAST_MOVES_PER_STEP = 4
 class SamplingConfig:
     """How much is looked at, and for how long it counts."""
 
-    user_share: float = 0.25
+    user_share: float = 0.125
     """Of the users, for the KV tenant."""
-    row_share: float = 0.0625
+    row_share: float = 0.03125
     """Of the rows, for the EMB tenant."""
     window_s: float = 60.0
     """Seconds after which an observation counts 1 / e. A move of the boundary needs none of it
@@ -88,7 +88,7 @@ class PageValueEstimator:
         self._emb = MiniatureCaches(most_pages, rows_per_page, num_rows, rows)
         self._kv_time = DecayedSeconds(config.window_s)
         self._emb_time = DecayedSeconds(config.window_s)
-        self._kv_pages = self._emb_pages = 0
+        self._emb_pages = 0
         self.latest = PageValue()
         """As of the last time that sums faded: a 64th of the window is the most it lags."""
 
@@ -97,7 +97,9 @@ class PageValueEstimator:
 
         The miniatures of EMB follow once it has moved by a part of a step: they need no less.
         """
-        self._kv_pages = kv_pages
+        self._kv.num_pages = kv_pages
+        if emb_pages == self._emb_pages:
+            return
         step = self._step(emb_pages)
         if abs(emb_pages - self._emb_pages) * _LEAST_MOVES_PER_STEP >= step:
             self._emb_pages = emb_pages
@@ -132,9 +134,8 @@ class PageValueEstimator:
     def _fade(self, now: float) -> None:
         factor = self._kv_time.advance(now)
         if factor is not None:
+            self._emb_time.advance(now)  # They tick together.
             self._kv.fade(factor)
-        factor = self._emb_time.advance(now)
-        if factor is not None:
             self._emb.fade(factor)
             self.latest = self._value(now)
 
@@ -147,7 +148,7 @@ class PageValueEstimator:
         return self._value(now)
 
     def _value(self, now: float) -> PageValue:
-        pages = self._kv_pages
+        pages = self._kv.num_pages
         step = self._step(pages)
         low = max(0, pages - step)
         more = self._kv.saved_ms(pages, pages + step) / step

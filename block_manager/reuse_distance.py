@@ -34,6 +34,11 @@ _VISITS_PER_PAGE = 2
 """Visits that are remembered: most histories have several blocks, so by then a user's are gone."""
 _TAIL_MEMORY = 64
 """Requests over which the pages without reusable content are averaged."""
+_FAR_VISITS = 8
+"""Where a visit would gain at less than half or more than twice the present size only, one in so
+many is priced and stands for all: it matters only after a long move of the boundary."""
+_ROW_VISITS = 4
+"""Of the others the rows of one in so many are looked at and stand for all: that is what costs."""
 _NEVER = -1
 _LAST_STAMP = int(np.iinfo(np.int32).max)
 
@@ -93,6 +98,8 @@ class KVReuseCurve:
         """A user's latest visit, its blocks, and the hash of the last of them."""
         self._num_visits = 0
         self._tail_pages = 0.0
+        self.num_pages = num_pages
+        """Pages that KV has now: near it the curve is drawn with more care."""
         self._marks = np.zeros(num_rows, dtype=np.int32)
         self._stamp = 0
 
@@ -117,11 +124,11 @@ class KVReuseCurve:
             num_running: requests that hold blocks.
             max_cached_tokens: tokens that may be reused at most.
         """
+        if not hashes or user_tag == NO_USER_TAG or not self._sample.has_user(user_tag):
+            return
         # Pages of running requests whose content nobody can reuse are missing from the stack.
         tail = -(-len(rows) // self._block_tokens) - len(hashes)
         self._tail_pages += (tail - self._tail_pages) / _TAIL_MEMORY
-        if not hashes or user_tag == NO_USER_TAG or not self._sample.has_user(user_tag):
-            return
         previous, reusable = self._find(user_tag, hashes)
         number, self._num_visits = self._num_visits, self._num_visits + 1
         distance, dropped = _visit(
@@ -133,8 +140,15 @@ class KVReuseCurve:
         unusable = 1 + self._tail_pages * max(1, num_running)  # The null block is one.
         first = round(distance / self._sample.share + unusable)
         reusable = min(reusable, max_cached_tokens // self._block_tokens)
-        if reusable and first // self._width < len(self._saved_ms):
-            self._add(first, reusable, rows, candidate_rows, slot_of_row)
+        if not reusable or first // self._width >= len(self._saved_ms):
+            return
+        weight, row_weight = 1, 1
+        if first >= 2 * self.num_pages or first + reusable <= self.num_pages // 2:
+            weight = 0 if number % _FAR_VISITS else _FAR_VISITS
+        else:
+            row_weight = 0 if number % _ROW_VISITS else _ROW_VISITS
+        if weight:
+            self._add(weight, row_weight, first, reusable, rows, candidate_rows, slot_of_row)
 
     def _find(self, user_tag: int, hashes: Sequence[BlockHash]) -> tuple[int, int]:
         """A user's previous visit and its blocks, _NEVER and 0 if this history does not extend it.
@@ -153,6 +167,8 @@ class KVReuseCurve:
 
     def _add(
         self,
+        weight: int,
+        row_weight: int,
         first: int,
         blocks: int,
         rows: npt.NDArray[np.int64],
@@ -168,12 +184,13 @@ class KVReuseCurve:
             self._starts,
             self._ends,
             self._width,
+            weight,
             first,
             blocks,
             self._block_tokens,
             self._costs.token_ms,
             self._costs.attention_pair_ms,
-            self._costs.row_miss_ms,
+            self._costs.row_miss_ms * row_weight,
             rows,
             candidate_rows,
             slot_of_row,
@@ -189,9 +206,8 @@ class KVReuseCurve:
 
     def saved_ms(self, first: int, last: int) -> float:
         """What pages `first` to `last` - 1 would have spared, all users' visits together."""
-        up_to = np.concatenate([[0.0], np.cumsum(self._saved_ms)])
-        low, high = np.interp(np.array([first, last]) / self._width, np.arange(len(up_to)), up_to)
-        return float(high - low) / self._sample.share
+        found: float = _sum_between(self._saved_ms, first / self._width, last / self._width)
+        return found / self._sample.share
 
     def num_samples(self, first: int, last: int) -> float:
         """Sampled visits to which pages `first` to `last` - 1 would have made a difference."""
@@ -218,6 +234,15 @@ def _sum_before(tree: Any, place: Any) -> Any:
     while place > 0:
         total += tree[place]
         place -= place & -place
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _sum_between(bins: Any, low: Any, high: Any) -> Any:
+    """Sum of bins, of the first and the last one the part that lies between: places in bins."""
+    total = 0.0
+    for place in range(int(low), min(int(high) + 1, len(bins))):
+        total += bins[place] * (min(high, place + 1.0) - max(low, float(place)))
     return total
 
 
@@ -257,6 +282,7 @@ def _add_savings(
     starts: Any,
     ends: Any,
     width: Any,
+    weight: Any,
     first: Any,
     num_blocks: Any,
     block_tokens: Any,
@@ -292,10 +318,10 @@ def _add_savings(
         place = (first + block) // width
         if place < len(saved_ms):
             pairs = block_tokens * start + block_tokens * (block_tokens + 1) // 2
-            saved_ms[place] += (
+            saved_ms[place] += weight * (
                 block_tokens * token_ms + pairs * attention_pair_ms + absent * row_miss_ms
             )
-    starts[first // width] += 1
+    starts[first // width] += weight
     last = (first + num_blocks - 1) // width
     if last < len(ends):
-        ends[last] += 1
+        ends[last] += weight

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from block_manager.page_value import PageValue
+
 if TYPE_CHECKING:
     from helm_engine.scheduler import Scheduler
 
@@ -41,10 +43,19 @@ class EngineStats(msgspec.Struct, frozen=True):
     rows_moved: int = 0
     """Rows that were copied to another slot because their page left."""
 
+    kv_page_gain_ms: float = 0.0
+    """Milliseconds per second that one KV page more would save; 0 without a cost profile."""
+    kv_page_loss_ms: float = 0.0
+    """What one KV page less would cost, likewise."""
+    emb_page_gain_ms: float = 0.0
+    emb_page_loss_ms: float = 0.0
+
     @classmethod
     def of(cls, scheduler: Scheduler) -> EngineStats:
         """Reads a scheduler and its pool."""
         totals = scheduler.stats
+        watched = scheduler.page_values
+        value = PageValue() if watched is None else watched.latest
         return cls(
             num_requests_running=scheduler.num_running,
             num_requests_waiting=scheduler.num_waiting,
@@ -62,4 +73,8 @@ class EngineStats(msgspec.Struct, frozen=True):
             emb_evictions=scheduler.emb.num_evictions,
             pages_moved=scheduler.boundary.num_moved_pages,
             rows_moved=scheduler.boundary.num_moved_rows,
+            kv_page_gain_ms=value.kv.more,
+            kv_page_loss_ms=value.kv.less,
+            emb_page_gain_ms=value.emb.more,
+            emb_page_loss_ms=value.emb.less,
         )

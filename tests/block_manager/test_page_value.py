@@ -105,7 +105,10 @@ def test_a_steady_rate_is_that_rate_from_the_start_on() -> None:
             assert time.rate(total, now) == pytest.approx(3.0, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["user_share", "row_share", "window_s"])
-def test_shares_and_the_window_must_be_above_0(name: str) -> None:
-    with pytest.raises(ValueError, match="share|window_s"):
-        estimator(SamplingConfig(**{name: 0.0}))
+@pytest.mark.parametrize(
+    "config",
+    [SamplingConfig(user_share=0.0), SamplingConfig(row_share=0.0), SamplingConfig(window_s=0.0)],
+)
+def test_shares_and_the_window_must_be_above_0(config: SamplingConfig) -> None:
+    with pytest.raises(ValueError, match="must be above 0"):
+        estimator(config)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from block_manager import reuse_distance
 from block_manager.block_hash import BlockHash, hash_blocks, root_hash
 from block_manager.block_pool import BlockPool
 from block_manager.kv_cache_manager import KVCacheManager
@@ -27,6 +30,14 @@ def hashes_of(user: int, num_blocks: int, first_row: int = 0) -> list[BlockHash]
 
 def curve(num_pages: int, costs: PageCosts, sample: SpatialSample = EVERYONE) -> KVReuseCurve:
     return KVReuseCurve(num_pages, BLOCK_TOKENS, NUM_ROWS, costs, sample)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def every_visit_is_priced() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reuse_distance, "_FAR_VISITS", 1)
+        patch.setattr(reuse_distance, "_ROW_VISITS", 1)
+        yield
 
 
 def see(
@@ -117,6 +128,27 @@ def test_half_of_the_users_say_the_same_of_many() -> None:
         assert half.saved_ms(pages, pages + 200) == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("pages", [400, 4000])
+def test_few_of_the_visits_stand_for_those_that_matter_little(
+    pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near the present size only rows are sampled, elsewhere whole visits."""
+    costs = PageCosts(1.0, 0.0, 1.0)
+    exact, thrifty = curve(4000, costs), curve(4000, costs)
+    thrifty.num_pages = pages
+    rng = np.random.default_rng(6)
+    for user in rng.integers(1, 400, 20_000).tolist():
+        rows = rng.integers(0, NUM_ROWS, 3 * BLOCK_TOKENS)
+        see(exact, user, hashes_of(user, 3), rows=rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(reuse_distance, "_FAR_VISITS", 8)
+            patch.setattr(reuse_distance, "_ROW_VISITS", 4)
+            see(thrifty, user, hashes_of(user, 3), rows=rows)
+    expected = exact.saved_ms(300, 600)
+    assert thrifty.saved_ms(300, 600) == pytest.approx(expected, rel=0.05)
+    assert thrifty.saved_ms(300, 600) != expected
+
+
 def test_what_is_older_than_the_ring_is_forgotten_with_its_user() -> None:
     seen = curve(60, PageCosts(1.0, 0.0, 0.0))
     see(seen, 1, hashes_of(1, 2))
@@ -138,6 +170,7 @@ def test_requests_without_a_user_or_hashes_teach_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["token_ms", "attention_pair_ms", "row_miss_ms"])
 def test_costs_must_be_finite_and_not_negative(name: str) -> None:
+    costs = {"token_ms": 1.0, "attention_pair_ms": 1.0, "row_miss_ms": 1.0}
     for value in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=name):
-            PageCosts(**{"token_ms": 1.0, "attention_pair_ms": 1.0, "row_miss_ms": 1.0, name: value})
+            PageCosts(**costs | {name: value})

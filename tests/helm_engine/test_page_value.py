@@ -5,12 +5,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from benchmarks.page_value import PROFILES, Size, brute_force, estimates
 from benchmarks.priced_replay import Replay, TracedVisit
 from block_manager.page_value import SamplingConfig
+from helm_engine.engine_stats import EngineStats
+from helm_engine.recommender import Recommender
+from tests.e2e.running_server import REPOSITORY
+from tests.toy_models import toy_config, toy_engine_config, write_toy_model
 
 EVERYTHING = SamplingConfig(user_share=1.0, row_share=1.0, window_s=2.0)
 FLOOR_MS = 0.002
@@ -62,3 +69,19 @@ def test_estimates_follow_the_boundary(trace: list[TracedVisit]) -> None:
         replay.core.check_integrity()
     there, moved = (one[:, :2].sum(axis=1) for one in found)
     np.testing.assert_allclose(moved, there, rtol=0.15)
+
+
+def test_an_engine_with_a_cost_profile_reports_what_pages_are_worth(tmp_path: Path) -> None:
+    config = toy_engine_config(write_toy_model(tmp_path / "toy", toy_config()), max_num_seqs=4)
+    (profile,) = (REPOSITORY / "benchmarks" / "profiles").glob("*h100*.json")
+    made = Recommender.from_config(replace(config, cost_profile=profile))
+    body = {"user": "a", "history": {"item_ids": [3, 1, 4] * 12, "timestamps": [*range(36)]}}
+    for _ in range(3):
+        made.recommend(body)
+    scheduler = made.engine.core.scheduler
+    assert scheduler.page_values is not None
+    value = scheduler.page_values.latest
+    stats = EngineStats.of(scheduler)
+    assert stats.kv_page_gain_ms == value.kv.more
+    assert stats.emb_page_loss_ms == value.emb.less
+    assert Recommender.from_config(config).engine.core.scheduler.page_values is None
