@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from block_manager.page_value import PageValue
+from block_manager.refill import HostTraffic, TrafficClass
 
 if TYPE_CHECKING:
     from helm_engine.scheduler import Scheduler
@@ -43,6 +44,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     rows_moved: int = 0
     """Rows that were copied to another slot because their page left."""
 
+    host_bytes: tuple[int, ...] = (0,) * len(TrafficClass)
+    """Bytes that came from the host tier, by `TrafficClass`."""
+    host_read_failures: tuple[int, ...] = (0,) * len(TrafficClass)
+    """Reads whose rows could not be had, likewise."""
     kv_page_gain_ms: float = 0.0
     """Milliseconds per second that one KV page more would save; 0 without a cost profile."""
     kv_page_loss_ms: float = 0.0
@@ -51,8 +56,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     emb_page_loss_ms: float = 0.0
 
     @classmethod
-    def of(cls, scheduler: Scheduler) -> EngineStats:
-        """Reads a scheduler and its pool."""
+    def of(cls, scheduler: Scheduler, traffic: HostTraffic) -> EngineStats:
+        """Reads a scheduler, its pool, and what its executor had from the host tier."""
         totals = scheduler.stats
         watched = scheduler.page_values
         value = PageValue() if watched is None else watched.latest
@@ -73,6 +78,8 @@ class EngineStats(msgspec.Struct, frozen=True):
             emb_evictions=scheduler.emb.num_evictions,
             pages_moved=scheduler.boundary.num_moved_pages,
             rows_moved=scheduler.boundary.num_moved_rows,
+            host_bytes=tuple(map(traffic.num_bytes, TrafficClass)),
+            host_read_failures=tuple(map(traffic.num_failures, TrafficClass)),
             kv_page_gain_ms=value.kv.more,
             kv_page_loss_ms=value.kv.less,
             emb_page_gain_ms=value.emb.more,

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.page_value import PROFILES, Size, brute_force, estimates
 from benchmarks.priced_replay import Replay, TracedVisit
 from block_manager.page_value import SamplingConfig
+from block_manager.refill import HostTraffic
 from helm_engine.engine_stats import EngineStats
 from helm_engine.recommender import Recommender
 from tests.e2e.running_server import REPOSITORY
@@ -81,7 +82,7 @@ def test_an_engine_with_a_cost_profile_reports_what_pages_are_worth(tmp_path: Pa
     scheduler = made.engine.core.scheduler
     assert scheduler.page_values is not None
     value = scheduler.page_values.latest
-    stats = EngineStats.of(scheduler)
+    stats = EngineStats.of(scheduler, HostTraffic())
     assert stats.kv_page_gain_ms == value.kv.more
     assert stats.emb_page_loss_ms == value.emb.less
     assert Recommender.from_config(config).engine.core.scheduler.page_values is None
