@@ -126,6 +126,14 @@ class EngineOptions:
             metavar="TOKENS", rich_help_panel="Page pool", help="History tokens of one KV block."
         ),
     ] = _POOL.block_tokens
+    cost_profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel="Page pool",
+            help="Milliseconds of the device; metrics then tell what one page more would save.",
+        ),
+    ] = None
     poison_freed_memory: Annotated[
         bool,
         typer.Option(
@@ -241,6 +249,7 @@ class EngineOptions:
                 max_top_k=self.max_top_k,
             ),
             served_model_name=self.served_model_name,
+            cost_profile=self.cost_profile,
             poison_freed_memory=self.poison_freed_memory,
         )
 

@@ -147,6 +147,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "pool_bytes": _SIZE,
     "emb_fraction": st.floats(0.0, 1.0),
     "block_tokens": st.integers(1, 1024),
+    "cost_profile": _PATH,
     "poison_freed_memory": st.booleans(),
     "max_num_batched_tokens": _COUNT,
     "max_num_seqs": _COUNT,
@@ -168,8 +169,9 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "api_key_file": _PATH,
     "admin_key_file": _PATH,
 }
-_WITHOUT_DEFAULT = {"max-pages-per-step", 
-    "served-model-name", "otlp-traces-endpoint", "api-key-file", "admin-key-file",
+_WITHOUT_DEFAULT = {
+    "served-model-name", "cost-profile", "otlp-traces-endpoint", "api-key-file", "admin-key-file",
+    "max-pages-per-step",
 }  # fmt: skip
 
 
