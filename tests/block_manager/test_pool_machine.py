@@ -40,7 +40,10 @@ USERS = ("ada", "bob", "eve", None)
 """The last one does not say who it is: nothing is reused."""
 
 batches = st.tuples(
-    st.integers(0, NUM_ROWS - 1), st.sampled_from([1, 5, 11]), st.integers(0, 12), st.integers(1, 40)
+    st.integers(0, NUM_ROWS - 1),
+    st.sampled_from([1, 5, 11]),
+    st.integers(0, 12),
+    st.integers(1, 40),
 )
 """Rows of a step: the first, how far they lie apart, their number, how often the first is used."""
 chunks = st.integers(0, 2 * BLOCK_TOKENS)

@@ -114,7 +114,9 @@ class CheckingExecutor(SimulatedExecutor):
             if not np.array_equal(cached, tokens[: request.start]):
                 self.mistakes.append(f"{request.request_id} reads K and V of other tokens")
             end = request.start + request.num_rows
-            self.memory.write_tokens(request.block_table, request.start, tokens[request.start : end])
+            self.memory.write_tokens(
+                request.block_table, request.start, tokens[request.start : end]
+            )
 
     def _put(self, refilled: RefillPlan | None) -> None:
         if refilled is not None:
