@@ -259,10 +259,10 @@ class EmbeddingCache:
         """
         self._refuse_open_plan()
         page_ids = self._pages.take_coldest(limit, self._row_of_slot, self.policy.counts)
-        self._free.discard(self._pages.slots_of(page_ids))
-        warm, cold = row_kernels.rows_on_pages(
+        warm, cold, vacant = row_kernels.slots_of_pages(
             page_ids, self._pages.rows_per_page, self._row_of_slot, self.policy.counts
         )
+        self._free.discard(vacant)
         rows = self._row_of_slot[warm]
         order = _hottest_first(self.policy, rows, np.arange(len(rows)))
         # Their own slots are no longer among the tenant's pages, so none is found there.

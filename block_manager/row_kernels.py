@@ -85,23 +85,24 @@ def move(
 
 
 @njit(nogil=True, cache=True)
-def rows_on_pages(page_ids: Any, rows_per_page: Any, row_of_slot: Any, counts: Any) -> Any:
-    """Slots of pages that hold rows: those of rows with a count, and those of rows without one."""
+def slots_of_pages(page_ids: Any, rows_per_page: Any, row_of_slot: Any, counts: Any) -> Any:
+    """Slots of pages by what they hold: a row with a count, a row without one, no row."""
     warm = np.empty(len(page_ids) * rows_per_page, dtype=np.int64)
-    cold = np.empty_like(warm)
-    num_warm = num_cold = 0
+    cold, vacant = np.empty_like(warm), np.empty_like(warm)
+    num_warm = num_cold = num_vacant = 0
     for page in page_ids:
         for slot in range(page * rows_per_page, (page + 1) * rows_per_page):
             row = row_of_slot[slot]
             if row == NOWHERE:
-                continue
-            if counts[row]:
+                vacant[num_vacant] = slot
+                num_vacant += 1
+            elif counts[row]:
                 warm[num_warm] = slot
                 num_warm += 1
             else:
                 cold[num_cold] = slot
                 num_cold += 1
-    return warm[:num_warm], cold[:num_cold]
+    return warm[:num_warm], cold[:num_cold], vacant[:num_vacant]
 
 
 @njit(nogil=True, cache=True)
