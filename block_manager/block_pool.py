@@ -3,7 +3,8 @@
 Semantics follow vLLM 0.32's `BlockPool` (v1/core/block_pool.py). A block is *used* while requests
 refer to it; otherwise it is in the free list, and if it carries a hash its content stays
 reusable until the block is handed out again. A block's id is its page; all operations take and
-return arrays of ids, int64 [n], and an operation that raises has changed nothing.
+return arrays of ids, int64 [n], and an operation that raises has changed nothing. With vLLM's
+objects and signatures the same books are in `vllm_block_pool.py`.
 """
 
 from __future__ import annotations
