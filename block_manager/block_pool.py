@@ -56,10 +56,6 @@ class BlockPool:
         self._free = FreeKVCacheBlockQueue(_contiguous(page_ids[1:]), num_ids)
         self._by_hash = BlockHashToBlockMap(num_ids, key_format)
         self._enable_caching = enable_caching
-        # What decides where a freed block goes in the free list.
-        self._worth_keeping = (
-            self._by_hash.key_kinds if enable_caching else np.zeros(num_ids, np.uint8)
-        )
         self.num_evictions = 0
         self._track_dead = track_dead
         self._dead: list[PageIds] = []
@@ -187,9 +183,9 @@ class BlockPool:
         Raises:
             IntegrityError: a block is not held that often.
         """
-        worth_keeping = self._worth_keeping
-        if keep_all:
-            worth_keeping = np.full(len(self.ref_cnt), OWN_KEY, dtype=np.uint8)
+        worth_keeping = self._by_hash.key_kinds
+        if keep_all or not self._enable_caching:
+            worth_keeping = np.full(len(self.ref_cnt), OWN_KEY if keep_all else 0, dtype=np.uint8)
         bad, num_dead, num_reusable = kv_kernels.release(
             self.ref_cnt,
             self._free.links,
@@ -258,12 +254,17 @@ class BlockPool:
         return page_ids
 
     def take_dead_blocks(self) -> list[int]:
-        """Drains the pages whose content died since the last call (for poisoning them)."""
+        """Drains the pages whose content died since the last call (for poisoning them).
+
+        Pages that have left are not among them: rows may have been moved there by now.
+        """
         if not self._dead:
             return []
-        dead: list[int] = np.unique(np.concatenate(self._dead)).tolist()
+        dead = np.unique(np.concatenate(self._dead))
         self._dead.clear()
-        return dead
+        is_ours = self.ref_cnt[dead] != _NOT_OURS
+        ours: list[int] = np.compress(is_ours, dead).tolist()
+        return ours
 
     def _forget_content(self, block_ids: PageIds) -> int:
         """Makes blocks no longer reusable; returns how many were."""

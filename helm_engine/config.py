@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from block_manager.pool_layout import PoolConfig
+from model_executor.redis_address import RedisAddress, parse_redis_url
 
 DTYPES = ("float32", "bfloat16")
 
@@ -74,6 +76,43 @@ class ExecutorConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HostTierConfig:
+    """Where all rows always are."""
+
+    source: str = field(default="mmap", repr=False)
+    """`mmap`: the model directory's own file, memory-mapped; or a parameter server that holds the
+    same tables, `redis://[user:password@]host:port/db`."""
+    timeout: float = 1.0
+    """Seconds to connect to a parameter server, and seconds that it may leave a read unanswered;
+    then the step fails. Well below `hang_timeout`."""
+
+    def __post_init__(self) -> None:
+        """Checks each value.
+
+        Raises:
+            ValueError: names the field; never shows the source, which may hold a password.
+        """
+        try:
+            _ = self.redis_address
+        except ValueError as error:
+            raise ValueError(f"host_tier: must be mmap or the URL of a Redis: {error}") from None
+        if not 0.0 < self.timeout < float("inf"):
+            raise ValueError(f"host_tier_timeout: must be above 0 and finite, not {self.timeout}")
+
+    @property
+    def redis_address(self) -> RedisAddress | None:
+        """The parameter server; None = memory map."""
+        return None if self.source == "mmap" else parse_redis_url(self.source)
+
+    def describe(self) -> dict[str, Any]:
+        """What `/info` shows: no user and no password."""
+        address = self.redis_address
+        if address is None:
+            return {"source": "mmap"}
+        return {"source": f"redis://{address}", "timeout": self.timeout}
+
+
+@dataclass(frozen=True, slots=True)
 class RequestLimits:
     """What a single request may ask for; shown by `/info`."""
 
@@ -107,6 +146,7 @@ class EngineConfig:
     pool: PoolConfig = field(default_factory=PoolConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    host_tier: HostTierConfig = field(default_factory=HostTierConfig)
     limits: RequestLimits = field(default_factory=RequestLimits)
     served_model_name: str | None = None
     """Name in `/v1/models` and in requests; the directory's name by default."""

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 
 import zmq
 
+from block_manager.refill import HostTraffic
 from helm_engine.array_frames import FrameDecoder, FrameEncoder
 from helm_engine.clock import SystemClock
 from helm_engine.config import EngineConfig
@@ -91,7 +92,7 @@ def run_core_process(
         return
     gc.collect()
     gc.freeze()
-    loop = _CoreLoop(engine.core, addresses)
+    loop = _CoreLoop(engine.core, engine.runner.loader.traffic, addresses)
     front.send(engine.served)
     loop.run()
     # A core that lost track of a page must not end as if all had been well.
@@ -120,8 +121,9 @@ _Command = Request | WithdrawRequest | ForgetUser | SetTarget | Stop
 class _CoreLoop:
     """Steps the engine between messages; sockets are read on a thread of their own."""
 
-    def __init__(self, core: EngineCore, addresses: CoreAddresses) -> None:
+    def __init__(self, core: EngineCore, traffic: HostTraffic, addresses: CoreAddresses) -> None:
         self._core = core
+        self._traffic = traffic
         self._context = zmq.Context()
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._outbox = self._context.socket(zmq.PUSH)
@@ -221,7 +223,7 @@ class _CoreLoop:
         for request in ended:
             del self._requests[request.request_id]
         message = FromCore(
-            stats=EngineStats.of(self._core.scheduler),
+            stats=EngineStats.of(self._core.scheduler, self._traffic),
             ended=[EndedRequest.of(request) for request in ended],
             calls_done=self._calls_done,
         )

@@ -8,6 +8,7 @@ from helm_engine.clock import Clock
 from helm_engine.exceptions import HelmError, StepFailedError
 from helm_engine.request import Request
 from helm_engine.scheduler import Scheduler
+from model_executor.exceptions import RowsUnavailableError
 from model_executor.executor import Executor
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ class EngineCore:
         self._executor = executor
         self._clock = clock
         self.failed_in_a_row = 0
-        """Steps that could not be carried out since the last one that could."""
+        """Steps that could not be carried out since the last one that could; those that lacked
+        rows do not count, for another process would not have the rows either."""
 
     def add_request(self, request: Request) -> None:
         """Queues a request; see `Scheduler.add_request`."""
@@ -71,9 +73,12 @@ class EngineCore:
         if step is not None:
             try:
                 output = self._executor.execute(step)
+            except RowsUnavailableError as error:
+                # The host tier says so in the log itself, once for each outage.
+                self.scheduler.fail_step(step, StepFailedError(f"the step failed: {error}"))
             except Exception as error:
-                # A step may fail for reasons outside the engine (a host tier that is down, a
-                # device out of memory): its requests are told, the engine goes on.
+                # A step may fail for reasons outside the engine (a device out of memory,
+                # a bug): its requests are told, the engine goes on.
                 logger.exception("a step of %d requests failed", len(step.requests))
                 self.scheduler.fail_step(step, StepFailedError(f"the step failed: {error}"))
                 self.failed_in_a_row += 1

@@ -18,9 +18,17 @@ from helm_engine.scheduler import build_scheduler
 from helm_engine.served_model import ServedModel
 from model_executor.attention.registry import attention_backend
 from model_executor.capabilities import StepRules, capabilities_of, step_rules
-from model_executor.checkpoint import load_config, load_dense_weights, map_tables, model_version
+from model_executor.checkpoint import (
+    load_config,
+    load_dense_weights,
+    map_tables,
+    model_version,
+    tables_version,
+)
+from model_executor.exceptions import RowsUnavailableError, TablesMismatchError
 from model_executor.host_store import HostStore, MemoryMappedTables
 from model_executor.memory_ledger import activation_bound
+from model_executor.model_config import ModelConfig
 from model_executor.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -43,19 +51,19 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     Args:
         config: the engine's.
         clock: what deadlines and queueing times are measured with.
-        table: host tier of the pooled tables; the directory's memory-mapped file by default.
+        table: host tier of the pooled tables; what the configuration names by default.
 
     Raises:
         ModelDirectoryError: the directory cannot be served.
         HelmError: the first step failed.
         PoolTooSmallError: the pool cannot hold what one request may need.
-        ValueError: the device or the attention backend is not available.
+        ValueError: the device, the attention backend or the host tier is not available.
     """
     model_config = load_config(config.model_dir)
     device = _device(config.executor.device)
     dtype = compute_dtype(config.executor.dtype)
     model = load_dense_weights(config.model_dir, model_config, device).to(dtype)
-    table = table or MemoryMappedTables(map_tables(config.model_dir, model_config))
+    table = table or _open_host_tier(config, model_config)
     if table.num_rows != model_config.num_rows:
         raise ValueError(
             f"table: has {table.num_rows} rows, the model needs {model_config.num_rows}"
@@ -103,6 +111,22 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         runner.arena.poison()
     scheduler = build_scheduler(config.scheduler, layout, table.num_rows, rules, poisons)
     return LoadedEngine(served, runner, processor, EngineCore(scheduler, runner, clock))
+
+
+def _open_host_tier(config: EngineConfig, model_config: ModelConfig) -> HostStore:
+    address = config.host_tier.redis_address
+    if address is None:
+        return MemoryMappedTables(map_tables(config.model_dir, model_config))
+    try:
+        from model_executor.redis_layout import tables_of
+        from model_executor.redis_store import RedisTables
+    except ModuleNotFoundError as error:
+        raise ValueError("host_tier: needs redis-py: pip install 'helm-engine[redis]'") from error
+    tables = tables_of(model_config, tables_version(config.model_dir))
+    try:
+        return RedisTables(address, tables, config.host_tier.timeout)
+    except (RowsUnavailableError, TablesMismatchError) as error:
+        raise ValueError(f"host_tier: {error}") from error
 
 
 def _warm_up(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from block_manager.refill import HostTraffic, TrafficClass
+
 if TYPE_CHECKING:
     from helm_engine.scheduler import Scheduler
 
@@ -41,9 +43,14 @@ class EngineStats(msgspec.Struct, frozen=True):
     rows_moved: int = 0
     """Rows that were copied to another slot because their page left."""
 
+    host_bytes: tuple[int, ...] = (0,) * len(TrafficClass)
+    """Bytes that came from the host tier, by `TrafficClass`."""
+    host_read_failures: tuple[int, ...] = (0,) * len(TrafficClass)
+    """Reads whose rows could not be had, likewise."""
+
     @classmethod
-    def of(cls, scheduler: Scheduler) -> EngineStats:
-        """Reads a scheduler and its pool."""
+    def of(cls, scheduler: Scheduler, traffic: HostTraffic) -> EngineStats:
+        """Reads a scheduler, its pool, and what its executor had from the host tier."""
         totals = scheduler.stats
         return cls(
             num_requests_running=scheduler.num_running,
@@ -62,4 +69,6 @@ class EngineStats(msgspec.Struct, frozen=True):
             emb_evictions=scheduler.emb.num_evictions,
             pages_moved=scheduler.boundary.num_moved_pages,
             rows_moved=scheduler.boundary.num_moved_rows,
+            host_bytes=tuple(map(traffic.num_bytes, TrafficClass)),
+            host_read_failures=tuple(map(traffic.num_failures, TrafficClass)),
         )

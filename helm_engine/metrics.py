@@ -15,6 +15,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from block_manager.refill import TrafficClass
 from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.exceptions import HelmError
 from helm_engine.protocol import Recommendation
@@ -92,6 +93,15 @@ class _EngineCollector(Collector):
             ("rows_moved", "Rows copied because their page left.", stats.rows_moved),
         ):
             yield _counter(counter, help_text, name, value)
+        for counter, help_text, values in (
+            ("host_bytes", "Bytes that came from the host tier.", stats.host_bytes),
+            (
+                "host_read_failures",
+                "Reads of the host tier whose rows could not be had.",
+                stats.host_read_failures,
+            ),
+        ):
+            yield _counter_by_class(counter, help_text, name, values)
 
 
 def _gauge(name: str, help_text: str, model_name: str, value: float) -> Metric:
@@ -104,6 +114,13 @@ def _gauge(name: str, help_text: str, model_name: str, value: float) -> Metric:
 def _counter(name: str, help_text: str, model_name: str, value: float) -> Metric:
     counter = CounterMetricFamily(f"helm:{name}", help_text, labels=["model_name"])
     counter.add_metric([model_name], value)
+    return counter
+
+
+def _counter_by_class(name: str, help_text: str, model_name: str, values: Sequence[int]) -> Metric:
+    counter = CounterMetricFamily(f"helm:{name}", help_text, labels=["model_name", "class"])
+    for traffic, value in zip(TrafficClass, values, strict=True):
+        counter.add_metric([model_name, traffic.name.lower()], value)
     return counter
 
 

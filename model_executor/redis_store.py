@@ -40,6 +40,10 @@ _LONGEST_PAUSE_S = 1.0
 """How long an engine may take to see that its parameter server is back."""
 
 
+_Part = tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""What a command reads: the table, the rows' places in the answer, and their ids in the table."""
+
+
 class _Outage:
     """Whether the server is worth asking; shared by the threads that read."""
 
@@ -61,8 +65,6 @@ class _Outage:
         """Begins a pause; returns the error of the read that failed, and of those in the pause."""
         with self._lock:
             self._reason = f"the parameter server at {self._address} {what}"
-            if not self._pause:
-                logger.warning("%s; it is tried again", self._reason)
             self._pause = min(_LONGEST_PAUSE_S, 2 * self._pause or _FIRST_PAUSE_S)
             self._ask_again_at = self._clock() + self._pause
             return RowsUnavailableError(self._reason)
@@ -70,8 +72,6 @@ class _Outage:
     def over(self) -> None:
         """An answer came."""
         with self._lock:
-            if self._pause:
-                logger.warning("the parameter server at %s is back", self._address)
             self._pause = 0.0
 
 
@@ -103,6 +103,7 @@ class RedisTables:
         self._keys = [rows_key(tables.version, name) for name in tables.num_rows]
         self._ends = np.cumsum(list(tables.num_rows.values()))
         self._outage = _Outage(address, clock)
+        self._lacks_rows = False
         self._client = redis.Redis(**connection_settings(address, timeout_s))
         try:
             self._check(tables)
@@ -126,8 +127,21 @@ class RedisTables:
             RowsUnavailableError: the server cannot be reached or does not answer in time, or rows
                 are missing; names the server, or the key and the count.
         """
-        rows = np.empty((len(row_ids), self._row_bytes // 4), dtype=np.float32)
         parts = self._parts(row_ids)
+        try:
+            rows = self._read(parts, len(row_ids))
+        except RowsUnavailableError as error:
+            if not self._lacks_rows:
+                logger.warning("%s; requests that need its rows fail", error)
+            self._lacks_rows = True
+            raise
+        if self._lacks_rows:
+            logger.warning("the parameter server at %s delivers rows again", self._address)
+        self._lacks_rows = False
+        return rows
+
+    def _read(self, parts: list[_Part], number: int) -> npt.NDArray[np.float32]:
+        rows = np.empty((number, self._row_bytes // 4), dtype=np.float32)
         for first in range(0, len(parts), _COMMANDS_PER_EXCHANGE):
             some = parts[first : first + _COMMANDS_PER_EXCHANGE]
             replies = self._ask(
@@ -137,12 +151,9 @@ class RedisTables:
                 rows[places] = self._decoded(self._keys[table], own, values)
         return rows
 
-    def _parts(
-        self, row_ids: npt.NDArray[np.int64]
-    ) -> list[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Each command's table, the places of its rows among `row_ids`, their ids in the table."""
+    def _parts(self, row_ids: npt.NDArray[np.int64]) -> list[_Part]:
         owners = np.searchsorted(self._ends, row_ids, side="right")
-        parts = []
+        parts: list[_Part] = []
         for table in np.unique(owners).tolist():
             if table == len(self._ends):
                 raise IndexError(f"row {row_ids.max()} is beyond the last table's end")

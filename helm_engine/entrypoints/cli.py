@@ -18,6 +18,8 @@ from helm_engine.entrypoints.command import CommandError, HelmCommand, HelmGroup
 from helm_engine.entrypoints.engine_options import (
     ENGINE_CONTEXT,
 )
+from helm_engine.entrypoints.publish_rows import EXAMPLES as PUBLISH_EXAMPLES
+from helm_engine.entrypoints.publish_rows import publish_rows
 from helm_engine.entrypoints.run_batch import run_batch
 from helm_engine.entrypoints.serve import serve
 from helm_engine.entrypoints.waiting import progress_bar
@@ -94,6 +96,9 @@ app.command(cls=HelmCommand, epilog=BENCH_EXAMPLES)(bench)
 
 
 app.command(cls=HelmCommand, epilog=BOUNDARY_EXAMPLES)(boundary)
+
+
+app.command("publish-rows", cls=HelmCommand, epilog=PUBLISH_EXAMPLES)(publish_rows)
 
 
 @app.command(cls=HelmCommand, epilog=_CONVERT_EXAMPLES)

@@ -15,17 +15,24 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from block_manager.pool_layout import PoolConfig
-from helm_engine.config import EngineConfig, ExecutorConfig, RequestLimits, SchedulerConfig
+from helm_engine.config import (
+    EngineConfig,
+    ExecutorConfig,
+    HostTierConfig,
+    RequestLimits,
+    SchedulerConfig,
+)
 from helm_engine.entrypoints.command import CommandError
 from helm_engine.entrypoints.config_file import configuration_toml, use_config_file
 from helm_engine.entrypoints.option_groups import KEYWORD, declare, takes_option_groups
-from helm_engine.entrypoints.value_source import with_place
+from helm_engine.entrypoints.value_source import secret_option, with_place
 from helm_engine.entrypoints.waiting import SlowNotice
 
 _POOL = PoolConfig()
 _SCHEDULER = SchedulerConfig()
 _EXECUTOR = ExecutorConfig()
 _LIMITS = RequestLimits()
+_HOST_TIER = HostTierConfig()
 
 ENGINE_CONTEXT = {"auto_envvar_prefix": "HELM"}
 """Settings of an engine's command: `HELM_POOL_BYTES` is the variable of `--pool-bytes`."""
@@ -77,6 +84,26 @@ class EngineOptions:
             help="Limit of the item matrix of retrieval; 0 = candidates only.",
         ),
     ] = _size(_EXECUTOR.max_retrieval_matrix_bytes)
+    host_tier: Annotated[
+        str | None,
+        secret_option(
+            "Where all rows are: mmap, the directory's own file (default), or a parameter server "
+            "that `publish-rows` filled, redis://[user:password@]host:port/db. Whoever lists "
+            "processes sees a flag: with a password prefer the variable or a file.",
+            metavar="SOURCE",
+            rich_help_panel="Host tier",
+        ),
+    ] = None
+    host_tier_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.001,
+            rich_help_panel="Host tier",
+            help="Time that a parameter server has to answer; then requests that need its rows "
+            "get 503.",
+        ),
+    ] = _HOST_TIER.timeout
     pool_bytes: Annotated[
         str,
         typer.Option(
@@ -196,6 +223,7 @@ class EngineOptions:
                     "max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes
                 ),
             ),
+            host_tier=HostTierConfig(self.host_tier or _HOST_TIER.source, self.host_tier_timeout),
             limits=RequestLimits(
                 max_body_bytes=_bytes("max_body_bytes", self.max_body_bytes),
                 max_history_events=self.max_history_events,

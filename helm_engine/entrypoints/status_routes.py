@@ -98,6 +98,7 @@ async def info(request: Request) -> dict[str, Any]:
         "memory": asdict(served.memory),
         "scheduler": asdict(config.scheduler),
         "executor": asdict(config.executor),
+        "host_tier": config.host_tier.describe(),
     }
 
 

@@ -143,6 +143,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "dtype": st.sampled_from(["float32", "bfloat16"]),
     "attention_backend": _TEXT,
     "max_retrieval_matrix_bytes": _SIZE,
+    "host_tier_timeout": st.floats(0.001, 1e6),
     "pool_bytes": _SIZE,
     "emb_fraction": st.floats(0.0, 1.0),
     "block_tokens": st.integers(1, 1024),
@@ -173,13 +174,15 @@ _WITHOUT_DEFAULT = {
 
 def test_the_property_below_knows_every_option() -> None:
     options = {*EngineOptions.__dataclass_fields__, *ServerOptions.__dataclass_fields__}
-    assert _VALUES.keys() == options - {"api_key", "admin_key"}, "but for secrets"
+    assert _VALUES.keys() == options - {"api_key", "admin_key", "host_tier"}, "but for secrets"
 
 
 def test_a_dump_holds_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HELM_ADMIN_KEY", "hidden-a")
-    text = dumped("serve", "m", "--api-key", "hidden-b")
+    tier = "redis://:hidden-c@rows"
+    text = dumped("serve", "m", "--api-key", "hidden-b", "--host-tier", tier)
     assert "hidden" not in text
+    assert "host-tier" in text
     assert "api-key" in text
     assert "admin-key" in text
 

@@ -377,4 +377,4 @@ def test_an_outage_is_logged_once_with_its_end(
         store.read_rows(ids(5))
     lost, back = [record.getMessage() for record in caplog.records]
     assert "cannot be reached" in lost
-    assert "is back" in back
+    assert "delivers rows again" in back
