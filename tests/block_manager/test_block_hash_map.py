@@ -8,6 +8,7 @@ import pytest
 from block_manager.block_hash import BlockHash
 from block_manager.block_hash_map import BlockHashToBlockMap
 from block_manager.exceptions import IntegrityError
+from block_manager.kv_kernels import IN_BUCKET, OWN_KEY
 
 A, B, C, D = (BlockHash(bytes(8) + letter * 24) for letter in (b"a", b"b", b"c", b"d"))
 """They begin alike and so share a bucket."""
@@ -88,13 +89,13 @@ def test_each_block_needs_a_hash(table: BlockHashToBlockMap) -> None:
 
 
 def test_self_check_finds_a_hash_that_no_lookup_finds(table: BlockHashToBlockMap) -> None:
-    table.has_hash[1] = True
+    table.key_kinds[1] = OWN_KEY
     with pytest.raises(IntegrityError, match=r"block 1 .*missing"):
         table.check_integrity()
 
 
 def test_self_check_finds_an_indexed_block_that_lost_its_hash(table: BlockHashToBlockMap) -> None:
-    table.has_hash[6] = False
+    table.key_kinds[6] = 0
     with pytest.raises(IntegrityError, match=r"hash index holds block 6"):
         table.check_integrity()
 
@@ -106,6 +107,6 @@ def test_self_check_finds_a_block_in_the_wrong_bucket(table: BlockHashToBlockMap
 
 
 def test_self_check_ends_where_a_bucket_runs_in_a_ring(table: BlockHashToBlockMap) -> None:
-    table._next[3] = 5
+    table._links[IN_BUCKET, 3] = 5
     with pytest.raises(IntegrityError, match=r"block 6 .*missing"):
         table.check_integrity()

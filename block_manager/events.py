@@ -1,0 +1,74 @@
+"""What happens to reusable KV, as messages for those who route by it: vLLM 0.32's wire format.
+
+A batch is a msgpack array `[ts, events, data_parallel_rank]`, and each event in it a map with its
+name under "type" (vLLM's distributed/kv_events.py). Fields that say nothing are left out, and
+whoever reads must pass over fields it does not know. The same content may be stored by several
+blocks: each of them is reported, and each again when it goes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+ExternalBlockHash = bytes | int
+"""A block's hash as others see it: all its bytes, or its low 64 bits."""
+
+ExtraKeys = list[tuple[Any, ...] | None]
+"""For each block what its hash covers besides its tokens; None where there is nothing."""
+
+MEDIUM_GPU = "GPU"
+
+
+class KVCacheEvent(msgspec.Struct, omit_defaults=True, gc=False, tag=True):
+    """One event; on the wire its "type" is the name of its class."""
+
+
+class BlockStored(KVCacheEvent):
+    """Content can be reused from now on, or was just reused."""
+
+    block_hashes: list[ExternalBlockHash]
+    """One for each block, in the order of the tokens."""
+    parent_block_hash: ExternalBlockHash | None
+    """Of the block before the first one, None where the history begins."""
+    token_ids: list[int]
+    """Of all blocks together."""
+    block_size: int
+    """Tokens of each block."""
+    lora_id: int | None
+    medium: str | None
+    """Where the content is: "GPU", "CPU" or "STORAGE"."""
+    lora_name: str | None
+    extra_keys: ExtraKeys | None = None
+    group_idx: int | None = None
+    """The group of layers whose KV it is."""
+    kv_cache_spec_kind: str | None = None
+    kv_cache_spec_sliding_window: int | None = None
+    locality: str | None = None
+    ownership: str | None = None
+    session_id: str | None = None
+    """Of the request that stored or reused the content."""
+
+
+class BlockRemoved(KVCacheEvent):
+    """One block of that content is gone."""
+
+    block_hashes: list[ExternalBlockHash]
+    medium: str | None
+    group_idx: int | None = None
+    locality: str | None = None
+    ownership: str | None = None
+
+
+class AllBlocksCleared(KVCacheEvent):
+    """Nothing can be reused any more."""
+
+
+class KVEventBatch(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    """Events in the order in which they happened."""
+
+    ts: float
+    """Seconds since the epoch."""
+    events: list[BlockStored | BlockRemoved | AllBlocksCleared]
+    data_parallel_rank: int | None = None
