@@ -91,8 +91,8 @@ async def run(target_port: int, round_trip_s: float, bytes_per_s: float) -> None
                     both.create_task(back.carry(target_reader, writer))
             finally:
                 target_writer.close()
-        except* OSError:
-            pass  # Either end went away: the other is told below.
+        except* (OSError, asyncio.CancelledError):
+            pass  # Either end went away, or the link is to end: whoever is left is told below.
         finally:
             writer.close()
             connections.discard(task)

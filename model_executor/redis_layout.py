@@ -5,8 +5,8 @@ helm:DIGEST:TABLE         hash: row id in the table (uint32, little-endian) -> t
 
 One hash for each table, read with HMGET. `benchmarks/row_layouts.py` reads random batches of 64 to
 8,192 rows of 256 and 2,048 bytes in five ways: MGET over one string key for each row takes about as
-long (0.7 to 1.2 times, on a busy machine), pipelined GETRANGE over large strings 1.4 to 3.9 times (a
-command for each row), a script on the server 1.3 to 8.7 times. A hash takes the least memory for
+long (0.7 to 1.2 times, on a busy machine), pipelined GETRANGE over large strings 1.4 to 3.9 times
+(a command for each row), a script on the server 1.3 to 8.7 times. A hash takes the least memory for
 each row, none of its values comes near the 512 MB that a string may have, a row is replaced by one
 HSET, and a model's tables go with one UNLINK each.
 
