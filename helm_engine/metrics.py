@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from block_manager.refill import TrafficClass
+from helm_engine.engine_stats import EngineStats
 from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.exceptions import HelmError
 from helm_engine.protocol import Recommendation
@@ -113,15 +114,7 @@ class _EngineCollector(Collector):
             ("rows_moved", "Rows copied because their page left.", stats.rows_moved),
         ):
             yield _counter(counter, help_text, name, value)
-        for counter, help_text, values in (
-            ("host_bytes", "Bytes that came from the host tier.", stats.host_bytes),
-            (
-                "host_read_failures",
-                "Reads of the host tier whose rows could not be had.",
-                stats.host_read_failures,
-            ),
-        ):
-            yield _counter_by_class(counter, help_text, name, values)
+        yield from _host_counters(stats, name)
 
 
 def _gauge(name: str, help_text: str, model_name: str, value: float) -> Metric:
@@ -135,6 +128,19 @@ def _counter(name: str, help_text: str, model_name: str, value: float) -> Metric
     counter = CounterMetricFamily(f"helm:{name}", help_text, labels=["model_name"])
     counter.add_metric([model_name], value)
     return counter
+
+
+def _host_counters(stats: EngineStats, model_name: str) -> Iterator[Metric]:
+    """What came from the host tier, by traffic class."""
+    yield _counter_by_class(
+        "host_bytes", "Bytes that came from the host tier.", model_name, stats.host_bytes
+    )
+    yield _counter_by_class(
+        "host_read_failures",
+        "Reads of the host tier whose rows could not be had.",
+        model_name,
+        stats.host_read_failures,
+    )
 
 
 def _counter_by_class(name: str, help_text: str, model_name: str, values: Sequence[int]) -> Metric:
