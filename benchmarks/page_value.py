@@ -99,8 +99,8 @@ class Size:
 FULL = Size(
     users=3000,
     items=60_000,
-    warm_visits=6000,
-    visits=12_000,
+    warm_visits=4000,
+    visits=8000,
     splits={
         "middle": (6000, 384),
         "small_kv": (1500, 384),
