@@ -155,6 +155,14 @@ class EngineOptions:
             metavar="REQUESTS", rich_help_panel="Scheduling", help="Requests that run at once."
         ),
     ] = _SCHEDULER.max_num_seqs
+    max_pages_per_step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PAGES",
+            rich_help_panel="Page pool",
+            help="Pages that may change hands between two steps; default: a 64th of the pool.",
+        ),
+    ] = _SCHEDULER.max_pages_per_step
     max_num_waiting: Annotated[
         int,
         typer.Option(
@@ -222,6 +230,7 @@ class EngineOptions:
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 max_num_seqs=self.max_num_seqs,
                 max_num_waiting=self.max_num_waiting,
+                max_pages_per_step=self.max_pages_per_step,
             ),
             executor=ExecutorConfig(
                 device=self.device,

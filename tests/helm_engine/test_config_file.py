@@ -152,6 +152,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "max_num_batched_tokens": _COUNT,
     "max_num_seqs": _COUNT,
     "max_num_waiting": _COUNT,
+    "max_pages_per_step": _COUNT,
     "max_body_bytes": _SIZE,
     "max_history_events": _COUNT,
     "max_candidates": _COUNT,
@@ -170,6 +171,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 _WITHOUT_DEFAULT = {
     "served-model-name", "cost-profile", "otlp-traces-endpoint", "api-key-file", "admin-key-file",
+    "max-pages-per-step",
 }  # fmt: skip
 
 
