@@ -32,7 +32,7 @@ from block_manager.page_value import SamplingConfig
 from helm_engine.datasets.returning_users import ReturningUsersConfig
 from model_executor.cost_profile import CostProfile
 
-WINDOW_S = 5.0
+WINDOW_S = 2.0
 SHARES = (1.0, 1 / 4, 1 / 16)
 STEPS_PER_TENANT = 8
 
@@ -100,11 +100,11 @@ FULL = Size(
     users=3000,
     items=60_000,
     warm_visits=6000,
-    visits=12_000,
+    visits=8000,
     splits={
         "middle": (6000, 384),
         "small_kv": (1500, 384),
-        "large_kv": (18_000, 384),
+        "large_kv": (12_000, 384),
         "small_emb": (6000, 96),
         "large_emb": (6000, 1024),
     },

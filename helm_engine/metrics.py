@@ -76,28 +76,9 @@ class _EngineCollector(Collector):
                 "Pages that EMB has yet to get; below 0: to give.",
                 stats.boundary_lag_pages,
             ),
-            (
-                "kv_page_gain_ms",
-                "Milliseconds per second that one KV page more would save.",
-                stats.kv_page_gain_ms,
-            ),
-            (
-                "kv_page_loss_ms",
-                "Milliseconds per second that one KV page less would cost.",
-                stats.kv_page_loss_ms,
-            ),
-            (
-                "emb_page_gain_ms",
-                "Milliseconds per second that one EMB page more would save.",
-                stats.emb_page_gain_ms,
-            ),
-            (
-                "emb_page_loss_ms",
-                "Milliseconds per second that one EMB page less would cost.",
-                stats.emb_page_loss_ms,
-            ),
         ):
             yield _gauge(gauge, help_text, name, value)
+        yield from _page_values(stats, name)
         for counter, help_text, value in (
             ("engine_steps", "Steps planned.", stats.steps),
             ("prefix_cache_queries", "Context tokens of admitted requests.", stats.prefix_queries),
@@ -115,6 +96,17 @@ class _EngineCollector(Collector):
         ):
             yield _counter(counter, help_text, name, value)
         yield from _host_counters(stats, name)
+
+
+def _page_values(stats: EngineStats, model_name: str) -> Iterator[Metric]:
+    for tenant, gain, loss in (
+        ("kv", stats.kv_page_gain_ms, stats.kv_page_loss_ms),
+        ("emb", stats.emb_page_gain_ms, stats.emb_page_loss_ms),
+    ):
+        saves = f"Milliseconds per second that one {tenant.upper()} page more would save."
+        costs = f"Milliseconds per second that one {tenant.upper()} page less would cost."
+        yield _gauge(f"{tenant}_page_gain_ms", saves, model_name, gain)
+        yield _gauge(f"{tenant}_page_loss_ms", costs, model_name, loss)
 
 
 def _gauge(name: str, help_text: str, model_name: str, value: float) -> Metric:
