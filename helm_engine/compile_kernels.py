@@ -6,15 +6,32 @@ python -m helm_engine.compile_kernels
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from block_manager.block_hash import BLOCK_HASH_BYTES, BlockHash
 from block_manager.block_pool import BlockPool
 from block_manager.distinct_rows import DistinctRows
 from block_manager.embedding_cache import EmbeddingCache
+from block_manager.page_value import PageValueEstimator, SamplingConfig
+from block_manager.reuse_distance import PageCosts
 from model_executor.attention.cpu_fused import compile_kernels
 from model_executor.page_arena import row_addresses
 from model_executor.paged_batch import build_paged_batch
 from model_executor.step import ScheduledRequest
+
+
+def _compile_page_values(slot_of_row: npt.NDArray[np.int32]) -> None:
+    """Two visits of a user, and a step."""
+    one = PageValueEstimator(2, 1, 1, 1, PageCosts(1.0, 1.0, 1.0), SamplingConfig(1.0, 1.0))
+    row = np.zeros(1, dtype=np.int64)
+    one.set_capacity(1, 1)
+    for _ in range(2):
+        hashes = [BlockHash(bytes(BLOCK_HASH_BYTES))]
+        one.observe_request(1, hashes, row, row, slot_of_row, 0, 1)
+    one.observe_step(row, row, 0.0)
+    one.set_capacity(2, 0)
+    one.estimate(1.0)
 
 
 def main() -> None:
@@ -28,6 +45,7 @@ def main() -> None:
     cache.shrink(1)
     cache.grow(row)
     cache.plan_refill(1)
+    _compile_page_values(cache.slot_of_row)
     row_addresses(row, row, 1, 1, 1, 1)
     request = ScheduledRequest("", 0, row, row, features=row.reshape(1, 1), task=None)
     build_paged_batch([request], 1, torch.device("cpu"))

@@ -150,6 +150,9 @@ class EngineConfig:
     limits: RequestLimits = field(default_factory=RequestLimits)
     served_model_name: str | None = None
     """Name in `/v1/models` and in requests; the directory's name by default."""
+    cost_profile: Path | None = None
+    """JSON file with the device's milliseconds (`CostProfile`); with it the engine estimates what
+    one page more or less would save each tenant."""
     poison_freed_memory: bool = False
     """Debugging aid: freed pages and slots are filled with NaN, so that a read of freed memory
     shows in the scores."""

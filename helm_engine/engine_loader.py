@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from block_manager.pool_layout import plan_layout
+from block_manager.page_value import PageValueEstimator, SamplingConfig
+from block_manager.pool_layout import PoolLayout, plan_layout
+from block_manager.reuse_distance import PageCosts
 from helm_engine.clock import Clock, SystemClock
 from helm_engine.config import EngineConfig
 from helm_engine.engine_core import EngineCore
@@ -25,6 +28,7 @@ from model_executor.checkpoint import (
     model_version,
     tables_version,
 )
+from model_executor.cost_profile import load_cost_profile
 from model_executor.exceptions import RowsUnavailableError, TablesMismatchError
 from model_executor.host_store import HostStore, MemoryMappedTables
 from model_executor.memory_ledger import activation_bound
@@ -57,7 +61,8 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         ModelDirectoryError: the directory cannot be served.
         HelmError: the first step failed.
         PoolTooSmallError: the pool cannot hold what one request may need.
-        ValueError: the device, the attention backend or the host tier is not available.
+        ValueError: the device, the attention backend or the host tier is not available, or the
+            cost profile cannot be read.
     """
     model_config = load_config(config.model_dir)
     device = _device(config.executor.device)
@@ -109,7 +114,14 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     poisons = config.poison_freed_memory
     if poisons:
         runner.arena.poison()
-    scheduler = build_scheduler(config.scheduler, layout, table.num_rows, rules, poisons)
+    scheduler = build_scheduler(
+        config.scheduler,
+        layout,
+        table.num_rows,
+        rules,
+        poisons,
+        _page_values(config.cost_profile, layout, table.num_rows),
+    )
     return LoadedEngine(served, runner, processor, EngineCore(scheduler, runner, clock))
 
 
@@ -127,6 +139,23 @@ def _open_host_tier(config: EngineConfig, model_config: ModelConfig) -> HostStor
         return RedisTables(address, tables, config.host_tier.timeout)
     except (RowsUnavailableError, TablesMismatchError) as error:
         raise ValueError(f"host_tier: {error}") from error
+
+
+def _page_values(
+    cost_profile: Path | None, layout: PoolLayout, num_rows: int
+) -> PageValueEstimator | None:
+    """What watches the worth of pages, where the device's costs are known."""
+    if cost_profile is None:
+        return None
+    profile = load_cost_profile(cost_profile)
+    return PageValueEstimator(
+        layout.num_pages,
+        layout.rows_per_page,
+        layout.block_tokens,
+        num_rows,
+        PageCosts(profile.prefill_row_ms, profile.attention_pair_ms, profile.row_miss_ms),
+        SamplingConfig(),
+    )
 
 
 def _warm_up(

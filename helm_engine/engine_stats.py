@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from block_manager.page_value import PageValue
 from block_manager.refill import HostTraffic, TrafficClass
 
 if TYPE_CHECKING:
@@ -47,11 +48,19 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Bytes that came from the host tier, by `TrafficClass`."""
     host_read_failures: tuple[int, ...] = (0,) * len(TrafficClass)
     """Reads whose rows could not be had, likewise."""
+    kv_page_gain_ms: float = 0.0
+    """Milliseconds per second that one KV page more would save; 0 without a cost profile."""
+    kv_page_loss_ms: float = 0.0
+    """What one KV page less would cost, likewise."""
+    emb_page_gain_ms: float = 0.0
+    emb_page_loss_ms: float = 0.0
 
     @classmethod
     def of(cls, scheduler: Scheduler, traffic: HostTraffic) -> EngineStats:
         """Reads a scheduler, its pool, and what its executor had from the host tier."""
         totals = scheduler.stats
+        watched = scheduler.page_values
+        value = PageValue() if watched is None else watched.latest
         return cls(
             num_requests_running=scheduler.num_running,
             num_requests_waiting=scheduler.num_waiting,
@@ -71,4 +80,8 @@ class EngineStats(msgspec.Struct, frozen=True):
             rows_moved=scheduler.boundary.num_moved_rows,
             host_bytes=tuple(map(traffic.num_bytes, TrafficClass)),
             host_read_failures=tuple(map(traffic.num_failures, TrafficClass)),
+            kv_page_gain_ms=value.kv.more,
+            kv_page_loss_ms=value.kv.less,
+            emb_page_gain_ms=value.emb.more,
+            emb_page_loss_ms=value.emb.less,
         )

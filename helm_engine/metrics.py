@@ -75,6 +75,26 @@ class _EngineCollector(Collector):
                 "Pages that EMB has yet to get; below 0: to give.",
                 stats.boundary_lag_pages,
             ),
+            (
+                "kv_page_gain_ms",
+                "Milliseconds per second that one KV page more would save.",
+                stats.kv_page_gain_ms,
+            ),
+            (
+                "kv_page_loss_ms",
+                "Milliseconds per second that one KV page less would cost.",
+                stats.kv_page_loss_ms,
+            ),
+            (
+                "emb_page_gain_ms",
+                "Milliseconds per second that one EMB page more would save.",
+                stats.emb_page_gain_ms,
+            ),
+            (
+                "emb_page_loss_ms",
+                "Milliseconds per second that one EMB page less would cost.",
+                stats.emb_page_loss_ms,
+            ),
         ):
             yield _gauge(gauge, help_text, name, value)
         for counter, help_text, value in (

@@ -24,6 +24,7 @@ from block_manager.embedding_tenant import EmbeddingTenant, WidthClass
 from block_manager.exceptions import IntegrityError
 from block_manager.kv_cache_manager import KVCacheManager
 from block_manager.page_pool import PagePool, Tenant
+from block_manager.page_value import PageValueEstimator
 from block_manager.pool_layout import PoolLayout
 from block_manager.refill import RefillThrottle
 from block_manager.refill_planner import RefillPlanner
@@ -103,6 +104,7 @@ class Scheduler:
         boundary: Boundary,
         refills: RefillPlanner,
         rules: StepRules,
+        page_values: PageValueEstimator | None = None,
     ) -> None:
         """Takes both tenants, what moves pages and rows between steps, and the model's rules.
 
@@ -121,6 +123,7 @@ class Scheduler:
         self.emb = emb
         self.boundary = boundary
         self.refills = refills
+        self.page_values = page_values
         self.stats = SchedulerStats()
         self._distinct = DistinctRows(emb.num_rows)
         self._live: dict[str, _Live] = {}
@@ -272,14 +275,25 @@ class Scheduler:
     def _admit(self, key: QueueKey, request: Request, now: float) -> bool:
         if len(self._running) >= self.config.max_num_seqs:
             return False
+        reusable = request.num_tokens - self.rules.recomputes_last_row
         cached = self.kv.allocate(
             request.request_id,
             request.block_hashes,
             num_tokens=request.num_tokens,
-            max_cached_tokens=request.num_tokens - self.rules.recomputes_last_row,
+            max_cached_tokens=reusable,
         )
         if cached is None:
             return False
+        if self.page_values is not None:
+            self.page_values.observe_request(
+                request.user_tag,
+                request.block_hashes,
+                request.tokens.rows,
+                request.tokens.candidate_rows,
+                self.emb.slot_of_row,
+                self.num_running,
+                reusable,
+            )
         request.status = RequestStatus.RUNNING
         request.first_scheduled = now
         request.num_computed = request.cached_tokens = cached
@@ -317,6 +331,9 @@ class Scheduler:
         rows = self._distinct.of(
             np.concatenate([_NO_ROWS, *(part for share in shares for part in share.row_ids)])
         )
+        if self.page_values is not None:
+            self.page_values.set_capacity(self.kv.pool.num_pages, self.emb.num_pages)
+            self.page_values.observe_step(rows.row_ids, rows.counts, now)
         plan = self.emb.plan(rows.row_ids, rows.counts)
         num_rows, num_resident = len(rows.row_ids), int(np.count_nonzero(plan.resident))
         self.stats.row_queries += num_rows
@@ -441,6 +458,7 @@ def build_scheduler(
     num_table_rows: int,
     rules: StepRules,
     track_dead: bool = False,
+    page_values: PageValueEstimator | None = None,
 ) -> Scheduler:
     """Builds the pool's books and the scheduler over them."""
     pool = PagePool(layout)
@@ -462,4 +480,5 @@ def build_scheduler(
         boundary,
         RefillPlanner(emb, boundary, RefillThrottle(), layout.row_bytes),
         rules,
+        page_values,
     )

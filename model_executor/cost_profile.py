@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from math import inf
+from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from model_executor.step import Retrieval, SchedulerOutput, StepTimings
@@ -64,3 +66,15 @@ class CostProfile:
             prefill=step_ms + self.prefill_row_ms * rows + self.attention_pair_ms * pairs,
             score=self.candidate_ms * candidates + self.retrieval_ms * retrievals,
         )
+
+
+def load_cost_profile(path: Path) -> CostProfile:
+    """Reads a profile from a JSON file of its fields.
+
+    Raises:
+        ValueError: the file cannot be read, a field is missing, or a value is out of range.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=CostProfile)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ValueError(f"cost profile {path}: {error}") from error

@@ -133,6 +133,7 @@ def toy_engine_config(
     max_num_batched_tokens: int = 64,
     max_num_seqs: int = 8,
     max_num_waiting: int = 1024,
+    max_pages_per_step: int | None = None,
 ) -> EngineConfig:
     """An engine over few pages, with freed memory poisoned."""
     model = load_config(model_dir)
@@ -150,6 +151,7 @@ def toy_engine_config(
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             max_num_waiting=max_num_waiting,
+            max_pages_per_step=max_pages_per_step,
         ),
         poison_freed_memory=True,
     )

@@ -16,8 +16,9 @@ from helm_engine.entrypoints.command import CommandError
 EXAMPLES = """
 \b
 Examples:
-  HELM_ADMIN_KEY=KEY helm-engine boundary http://127.0.0.1:8000
-  HELM_ADMIN_KEY=KEY helm-engine boundary http://127.0.0.1:8000 --emb-fraction 0.4 --wait 10
+  export HELM_ADMIN_KEY=KEY
+  helm-engine boundary http://127.0.0.1:8000
+  helm-engine boundary http://127.0.0.1:8000 --emb-fraction 0.4 --wait 10
 """
 
 _ANSWER_SECONDS = 10.0

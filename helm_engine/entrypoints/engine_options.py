@@ -126,6 +126,14 @@ class EngineOptions:
             metavar="TOKENS", rich_help_panel="Page pool", help="History tokens of one KV block."
         ),
     ] = _POOL.block_tokens
+    cost_profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel="Page pool",
+            help="Milliseconds of the device; metrics then tell what one page more would save.",
+        ),
+    ] = None
     poison_freed_memory: Annotated[
         bool,
         typer.Option(
@@ -147,6 +155,14 @@ class EngineOptions:
             metavar="REQUESTS", rich_help_panel="Scheduling", help="Requests that run at once."
         ),
     ] = _SCHEDULER.max_num_seqs
+    max_pages_per_step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PAGES",
+            rich_help_panel="Page pool",
+            help="Pages that may change hands between two steps; default: a 64th of the pool.",
+        ),
+    ] = _SCHEDULER.max_pages_per_step
     max_num_waiting: Annotated[
         int,
         typer.Option(
@@ -214,6 +230,7 @@ class EngineOptions:
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 max_num_seqs=self.max_num_seqs,
                 max_num_waiting=self.max_num_waiting,
+                max_pages_per_step=self.max_pages_per_step,
             ),
             executor=ExecutorConfig(
                 device=self.device,
@@ -232,6 +249,7 @@ class EngineOptions:
                 max_top_k=self.max_top_k,
             ),
             served_model_name=self.served_model_name,
+            cost_profile=self.cost_profile,
             poison_freed_memory=self.poison_freed_memory,
         )
 

@@ -147,10 +147,12 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "pool_bytes": _SIZE,
     "emb_fraction": st.floats(0.0, 1.0),
     "block_tokens": st.integers(1, 1024),
+    "cost_profile": _PATH,
     "poison_freed_memory": st.booleans(),
     "max_num_batched_tokens": _COUNT,
     "max_num_seqs": _COUNT,
     "max_num_waiting": _COUNT,
+    "max_pages_per_step": _COUNT,
     "max_body_bytes": _SIZE,
     "max_history_events": _COUNT,
     "max_candidates": _COUNT,
@@ -168,7 +170,8 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "admin_key_file": _PATH,
 }
 _WITHOUT_DEFAULT = {
-    "served-model-name", "otlp-traces-endpoint", "api-key-file", "admin-key-file",
+    "served-model-name", "cost-profile", "otlp-traces-endpoint", "api-key-file", "admin-key-file",
+    "max-pages-per-step",
 }  # fmt: skip
 
 
