@@ -16,7 +16,7 @@ what it stands for, copying and loading, is the device's. Figures are medians ov
   changes hands. `compaction_us_per_row`: what a row that moves to another slot adds.
 - `bytes_per_row`: of the table's index and counts; `bytes_per_slot`: of every place for a row;
   `bytes_per_block`: of a KV block's books. All are host memory, taken with the pool.
-- `alloc_vs_vllm_ratio`: see `alloc_vs_vllm.py`; null where vLLM is not installed.
+- `alloc_vs_vllm_ratio`: see `vllm_blocks.py`; null where vLLM is not installed.
 
     python benchmarks/pool.py --json benchmarks/results/pool.json
 """
@@ -37,8 +37,7 @@ sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.alloc_vs_vllm import REQUEST_BLOCKS, has_vllm
-from benchmarks.alloc_vs_vllm import measure as measure_alloc
+from benchmarks import vllm_blocks
 from benchmarks.report import benchmark_parser, write_result
 from block_manager.block_hash import BLOCK_HASH_BYTES, BlockHash
 from block_manager.block_pool import BlockPool
@@ -251,11 +250,10 @@ def bytes_per_unit() -> dict[str, float]:
 
 def alloc_vs_vllm() -> dict[str, Any]:
     """Time of our block pool over that of vLLM's own, the worse of the sizes of a request."""
-    if not has_vllm():
+    if not vllm_blocks.has_vllm():
         return {"alloc_vs_vllm_ratio": None, "alloc_vs_vllm_reason": "vllm is not installed"}
-    found = measure_alloc()
-    ratios = [found[f"array_api_{blocks}"]["ratio"] for blocks in REQUEST_BLOCKS]
-    return {"alloc_vs_vllm_ratio": max(ratios), "alloc_vs_vllm": found}
+    found = vllm_blocks.measure()
+    return {"alloc_vs_vllm_ratio": vllm_blocks.worst_ratio(found), "alloc_vs_vllm": found}
 
 
 def quartiles(values: Microseconds) -> list[float]:

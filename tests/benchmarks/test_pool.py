@@ -54,7 +54,7 @@ def test_bytes_are_those_of_all_arrays_wherever_they_are_kept() -> None:
 
 
 def test_without_vllm_the_ratio_is_missing_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "has_vllm", lambda: False)
+    monkeypatch.setattr(benchmark.vllm_blocks, "has_vllm", lambda: False)
     found = benchmark.alloc_vs_vllm()
     assert found == {"alloc_vs_vllm_ratio": None, "alloc_vs_vllm_reason": "vllm is not installed"}
 
