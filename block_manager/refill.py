@@ -103,6 +103,11 @@ class RefillThrottle:
         self._onboarding = 0.0
 
     @property
+    def is_open(self) -> bool:
+        """Whether refill may ever load anything."""
+        return self._config.cap_bytes_per_s > 0.0
+
+    @property
     def chunk_bytes(self) -> int:
         """The most that `available` ever says, but for debts that it has to work off."""
         return self._config.chunk_bytes

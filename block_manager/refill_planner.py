@@ -30,10 +30,14 @@ class RefillPlanner:
         self._row_bytes = row_bytes
         self._not_before = 0.0
 
-    @property
-    def is_wanted(self) -> bool:
-        """Whether there may be rows to load and nothing but time or the link stands against it."""
-        return self._emb.wants_refill and self._boundary.lag_pages >= 0
+    def is_wanted(self, now: float) -> bool:
+        """Whether there may be rows to load and nothing but the link stands against it."""
+        return (
+            self._emb.wants_refill
+            and self._boundary.lag_pages >= 0
+            and now >= self._not_before
+            and self.throttle.is_open
+        )
 
     def count_demand(self, num_rows: int, now: float) -> None:
         """A step waits for so many rows: they have the link first."""
@@ -43,7 +47,7 @@ class RefillPlanner:
 
     def plan(self, now: float) -> RefillPlan | None:
         """The next refill, or None when there is nothing to load, no room for it, or no right."""
-        if not self.is_wanted or now < self._not_before:
+        if not self.is_wanted(now):
             return None
         rows = self.throttle.available(now) // self._row_bytes
         if rows < _LEAST_ROWS and rows < self.throttle.chunk_bytes // self._row_bytes:

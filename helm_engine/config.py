@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from block_manager.pool_layout import PoolConfig
+from block_manager.refill import RefillConfig
 from model_executor.redis_address import RedisAddress, parse_redis_url
 
 DTYPES = ("float32", "bfloat16")
@@ -85,6 +86,10 @@ class HostTierConfig:
     timeout: float = 1.0
     """Seconds to connect to a parameter server, and seconds that it may leave a read unanswered;
     then the step fails. Well below `hang_timeout`."""
+    refill_bytes_per_second: int = 64 << 20
+    """Most that is read in the background, to fill pages that EMB got; 0 = nothing."""
+    link_bytes_per_second: int | None = None
+    """What the link carries; refill takes what requests leave of it. None = unknown."""
 
     def __post_init__(self) -> None:
         """Checks each value.
@@ -98,6 +103,17 @@ class HostTierConfig:
             raise ValueError(f"host_tier: must be mmap or the URL of a Redis: {error}") from None
         if not 0.0 < self.timeout < float("inf"):
             raise ValueError(f"host_tier_timeout: must be above 0 and finite, not {self.timeout}")
+        _require_at_least("refill_bytes_per_second", self.refill_bytes_per_second, 0)
+        if self.link_bytes_per_second is not None:
+            _require_at_least("host_link_bytes_per_second", self.link_bytes_per_second, 1)
+
+    @property
+    def refill(self) -> RefillConfig:
+        """The budget of refill on the link."""
+        link = float("inf") if self.link_bytes_per_second is None else self.link_bytes_per_second
+        return RefillConfig(
+            cap_bytes_per_s=float(self.refill_bytes_per_second), link_bytes_per_s=float(link)
+        )
 
     @property
     def redis_address(self) -> RedisAddress | None:
@@ -106,10 +122,14 @@ class HostTierConfig:
 
     def describe(self) -> dict[str, Any]:
         """What `/info` shows: no user and no password."""
+        link = {
+            "refill_bytes_per_second": self.refill_bytes_per_second,
+            "link_bytes_per_second": self.link_bytes_per_second,
+        }
         address = self.redis_address
         if address is None:
-            return {"source": "mmap"}
-        return {"source": f"redis://{address}", "timeout": self.timeout}
+            return {"source": "mmap", **link}
+        return {"source": f"redis://{address}", "timeout": self.timeout, **link}
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ class EngineCore:
     @property
     def has_background_work(self) -> bool:
         """Whether `step` would do anything for the pool, also without requests."""
-        return self.scheduler.has_background_work
+        return self.scheduler.has_background_work(self._clock.now())
 
     def set_target(self, emb_fraction: float) -> float:
         """Asks for another split of the pool; see `Boundary.set_target`."""

@@ -121,6 +121,7 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         rules,
         poisons,
         _page_values(config.cost_profile, layout, table.num_rows),
+        config.host_tier.refill,
     )
     return LoadedEngine(served, runner, processor, EngineCore(scheduler, runner, clock))
 

@@ -26,7 +26,7 @@ from block_manager.kv_cache_manager import KVCacheManager
 from block_manager.page_pool import PagePool, Tenant
 from block_manager.page_value import PageValueEstimator
 from block_manager.pool_layout import PoolLayout
-from block_manager.refill import RefillThrottle
+from block_manager.refill import RefillConfig, RefillThrottle
 from block_manager.refill_planner import RefillPlanner
 from block_manager.row_plan import RefillPlan, RowMoves
 from helm_engine.config import SchedulerConfig
@@ -149,10 +149,11 @@ class Scheduler:
         """Whether any request is unfinished, or failed and not yet reported."""
         return bool(self._live) or bool(self._failed)
 
-    @property
-    def has_background_work(self) -> bool:
+    def has_background_work(self, now: float) -> bool:
         """Whether pages or rows are to be moved, with or without requests."""
-        return self.boundary.lag_pages != 0 or self.emb.is_refilling or self.refills.is_wanted
+        if self.boundary.lag_pages or self.emb.is_refilling:
+            return True
+        return self.refills.is_wanted(now)
 
     def add_request(self, request: Request) -> None:
         """Queues a request.
@@ -459,6 +460,7 @@ def build_scheduler(
     rules: StepRules,
     track_dead: bool = False,
     page_values: PageValueEstimator | None = None,
+    refill: RefillConfig | None = None,
 ) -> Scheduler:
     """Builds the pool's books and the scheduler over them."""
     pool = PagePool(layout)
@@ -478,7 +480,7 @@ def build_scheduler(
         KVCacheManager(blocks, layout.block_tokens),
         emb,
         boundary,
-        RefillPlanner(emb, boundary, RefillThrottle(), layout.row_bytes),
+        RefillPlanner(emb, boundary, RefillThrottle(refill), layout.row_bytes),
         rules,
         page_values,
     )

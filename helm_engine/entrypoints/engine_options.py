@@ -104,6 +104,23 @@ class EngineOptions:
             "get 503.",
         ),
     ] = _HOST_TIER.timeout
+    refill_bytes_per_second: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel="Host tier",
+            help="Most that is read in the background to fill pages that rows got; 0 = nothing.",
+        ),
+    ] = _size(_HOST_TIER.refill_bytes_per_second)
+    host_link_bytes_per_second: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel="Host tier",
+            help="What the link to the rows carries: refill takes what requests leave of it; "
+            "default: unknown.",
+        ),
+    ] = None
     pool_bytes: Annotated[
         str,
         typer.Option(
@@ -240,7 +257,16 @@ class EngineOptions:
                     "max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes
                 ),
             ),
-            host_tier=HostTierConfig(self.host_tier or _HOST_TIER.source, self.host_tier_timeout),
+            host_tier=HostTierConfig(
+                source=self.host_tier or _HOST_TIER.source,
+                timeout=self.host_tier_timeout,
+                refill_bytes_per_second=_bytes(
+                    "refill_bytes_per_second", self.refill_bytes_per_second
+                ),
+                link_bytes_per_second=None
+                if self.host_link_bytes_per_second is None
+                else _bytes("host_link_bytes_per_second", self.host_link_bytes_per_second),
+            ),
             limits=RequestLimits(
                 max_body_bytes=_bytes("max_body_bytes", self.max_body_bytes),
                 max_history_events=self.max_history_events,

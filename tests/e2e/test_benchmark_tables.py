@@ -187,6 +187,19 @@ def test_the_page_shows_what_the_books_of_the_pool_cost() -> None:
     assert [figure for figure in figures if figure not in page] == []
 
 
+def test_the_page_shows_how_long_the_pool_machine_ran() -> None:
+    page, run = " ".join(PAGE.split()), result("pool_machine")
+    assert run["steps"] >= 1_000_000
+    assert (
+        f"In {run['steps']} steps of {run['machines']} machines {run['pages_moved']} pages" in page
+    )
+    assert f"{run['rows_moved']} rows were moved" in page
+    assert (
+        f"{run['engine_steps']} engine steps that succeeded and {run['engine_steps_failed']} that"
+        in page
+    )
+
+
 def test_every_result_says_where_it_comes_from() -> None:
     for path in (REPOSITORY / "benchmarks" / "results").glob("*.json"):
         found = json.loads(path.read_text(encoding="utf-8"))

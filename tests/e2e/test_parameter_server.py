@@ -115,7 +115,8 @@ def test_scores_are_those_of_the_file_and_an_outage_fails_requests_by_name(
 def _check_what_is_shown(server: RunningServer, rows: RedisServer) -> None:
     shown = server.get("/info")
     source = f"redis://127.0.0.1:{rows.port}/0"
-    assert shown.json()["host_tier"] == {"source": source, "timeout": 0.3}
+    link = {"refill_bytes_per_second": 64 << 20, "link_bytes_per_second": None}
+    assert shown.json()["host_tier"] == {"source": source, "timeout": 0.3, **link}
     assert "sesame" not in shown.text
     carried = by_class(server, "helm:host_bytes_total")
     row_bytes = 4 * shown.json()["model_config"]["embedding_dim"]

@@ -144,6 +144,8 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "attention_backend": _TEXT,
     "max_retrieval_matrix_bytes": _SIZE,
     "host_tier_timeout": st.floats(0.001, 1e6),
+    "refill_bytes_per_second": _SIZE,
+    "host_link_bytes_per_second": _SIZE,
     "pool_bytes": _SIZE,
     "emb_fraction": st.floats(0.0, 1.0),
     "block_tokens": st.integers(1, 1024),
@@ -171,7 +173,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 _WITHOUT_DEFAULT = {
     "served-model-name", "cost-profile", "otlp-traces-endpoint", "api-key-file", "admin-key-file",
-    "max-pages-per-step",
+    "max-pages-per-step", "host-link-bytes-per-second",
 }  # fmt: skip
 
 
