@@ -14,7 +14,7 @@ MODEL := examples/models/hstu-ml-100k
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-.PHONY: help setup serve test fuzz compat lint types format train-example gpu-check clean
+.PHONY: help setup serve test fuzz fuzz-pool compat lint types format train-example gpu-check clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,10 @@ test: setup lint types  ## Run the linter, the type checker and all tests
 
 fuzz: setup  ## Throw thousands of odd requests at a server
 	.venv/bin/python -m pytest tests/fuzz --hypothesis-profile=thorough
+
+fuzz-pool: setup  ## Move pages at random, a million steps against a naive model
+	.venv/bin/python benchmarks/pool_machine.py --json benchmarks/results/pool_machine.json
+	.venv/bin/python -m pytest tests/helm_engine/test_moving_boundary.py --hypothesis-profile=thorough
 
 compat: .venv-compat/.installed .compat/vllm-0.32.0.tar.gz  ## Run vLLM's own tests on our block pool
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 .venv-compat/bin/python tests/compat/run.py \

@@ -16,7 +16,7 @@ what it stands for, copying and loading, is the device's. Figures are medians ov
   changes hands. `compaction_us_per_row`: what a row that moves to another slot adds.
 - `bytes_per_row`: of the table's index and counts; `bytes_per_slot`: of every place for a row;
   `bytes_per_block`: of a KV block's books. All are host memory, taken with the pool.
-- `alloc_vs_vllm_ratio`: see `benchmarks/vllm_blocks.py`; null where vLLM is not installed.
+- `alloc_vs_vllm_ratio`: see `vllm_blocks.py`; null where vLLM is not installed.
 
     python benchmarks/pool.py --json benchmarks/results/pool.json
 """
@@ -27,8 +27,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +37,7 @@ sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks import vllm_blocks
 from benchmarks.report import benchmark_parser, write_result
 from block_manager.block_hash import BLOCK_HASH_BYTES, BlockHash
 from block_manager.block_pool import BlockPool
@@ -217,13 +216,18 @@ PREPARED = {"empty": leave_empty, "evictable": make_evictable, "scattered": scat
 
 
 def bytes_held(owner: object) -> int:
-    """Of all arrays that an object of the pool owns, alone or through objects of its own."""
-    held = 0
+    """Of all arrays that an object of the pool has, alone or through objects of its own."""
+    return sum(_bytes_by_address(owner).values())
+
+
+def _bytes_by_address(owner: object) -> dict[int, int]:
+    """Parts of a tenant share arrays, and a view begins where its array does."""
+    held: dict[int, int] = {}
     for value in vars(owner).values():
         if isinstance(value, np.ndarray):
-            held += value.nbytes
+            held[value.ctypes.data] = max(held.get(value.ctypes.data, 0), value.nbytes)
         elif type(value).__module__.startswith("block_manager.") and hasattr(value, "__dict__"):
-            held += bytes_held(value)
+            held |= _bytes_by_address(value)
     return held
 
 
@@ -245,11 +249,11 @@ def bytes_per_unit() -> dict[str, float]:
 
 
 def alloc_vs_vllm() -> dict[str, Any]:
-    """Time of our block pool over that of vLLM's; see `benchmarks/vllm_blocks.py`."""
-    if find_spec("vllm") is None:
+    """Time of our block pool over that of vLLM's own, the worse of the sizes of a request."""
+    if not vllm_blocks.has_vllm():
         return {"alloc_vs_vllm_ratio": None, "alloc_vs_vllm_reason": "vllm is not installed"}
-    module = import_module("benchmarks.vllm_blocks")
-    return {"alloc_vs_vllm_ratio": float(module.alloc_vs_vllm_ratio())}
+    found = vllm_blocks.measure()
+    return {"alloc_vs_vllm_ratio": vllm_blocks.worst_ratio(found), "alloc_vs_vllm": found}
 
 
 def quartiles(values: Microseconds) -> list[float]:

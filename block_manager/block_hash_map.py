@@ -66,12 +66,11 @@ class BlockHashToBlockMap:
         self.words = key_format.words
         self.key_kinds = np.zeros(num_ids, dtype=np.uint8)
         """Which kinds of key a block carries (OWN_KEY, MORE_KEYS), by block id."""
-        self._hashes = np.zeros((num_ids + 1, key_format.num_words), dtype=np.int64)
+        self._hashes = np.zeros((num_ids, key_format.num_words), dtype=np.int64)
         # A power of two, and one bucket per block at least. Hashes are cryptographic and cover a
         # secret, so nobody can aim at a bucket.
         self._first = np.full(1 << num_ids.bit_length(), NO_BLOCK, dtype=np.int32)
-        self._links = np.full((3, num_ids + 1), NO_BLOCK, dtype=np.int32)
-        self._links[BLOCK, :num_ids] = np.arange(num_ids)
+        self._links = np.full((1, num_ids), NO_BLOCK, dtype=np.int32)
         self.table = HashTable(self._first, self._links, self._hashes, self.key_kinds)
         """What kernels work on; whoever lets one do so counts `num_blocks` too."""
         self.num_blocks = 0
@@ -110,31 +109,38 @@ class BlockHashToBlockMap:
     def insert_extra(self, block: int, key: bytes) -> None:
         """Gives a block one more key."""
         words = self.words([key])
-        if self._links[OF_BLOCK, len(self.key_kinds)] == NO_BLOCK:
+        if not self._has_extras or self._links[OF_BLOCK, len(self.key_kinds)] == NO_BLOCK:
             self._add_extras()
         self.num_blocks += not self.key_kinds[block]
         kv_kernels.insert_extra(self.table, block, words)
 
+    @property
+    def _has_extras(self) -> bool:
+        return len(self._links) > 1
+
     def _add_extras(self) -> None:
-        old = len(self._hashes)
-        new = max(64, old - len(self.key_kinds))
-        links = np.full((3, new), NO_BLOCK, dtype=np.int32)
-        links[OF_BLOCK, :-1] = np.arange(old + 1, old + new)
-        self._links = np.concatenate([self._links, links], axis=1)
-        self._links[OF_BLOCK, len(self.key_kinds)] = old
-        no_words = np.zeros((new, self._hashes.shape[1]), dtype=np.int64)
-        self._hashes = np.concatenate([self._hashes, no_words])
+        """Makes room for further keys, as many as there is room for already."""
+        num_ids, old = len(self.key_kinds), len(self._hashes)
+        if not self._has_extras:
+            old += 1
+        new = max(64, old - num_ids)
+        links = np.full((3, old + new), NO_BLOCK, dtype=np.int32)
+        links[: len(self._links), : self._links.shape[1]] = self._links
+        links[OF_BLOCK, old:-1] = np.arange(old + 1, old + new)
+        links[OF_BLOCK, num_ids] = old
+        hashes = np.zeros((old + new, self._hashes.shape[1]), dtype=np.int64)
+        hashes[: len(self._hashes)] = self._hashes
+        self._links, self._hashes = links, hashes
         self.table = HashTable(self._first, self._links, self._hashes, self.key_kinds)
 
     def holders(self, key: bytes) -> list[int]:
         """All blocks that carry a key, in the order in which they got it."""
-        blocks: list[int] = self._links[BLOCK, self._entries_of(key)].tolist()
-        return blocks
+        return [self._block_of(entry) for entry in self._entries_of(key)]
 
     def pop_key(self, block: int, key: bytes) -> bool:
         """Takes one key from a block; whether the block had it."""
         for entry in self._entries_of(key):
-            if self._links[BLOCK, entry] == block:
+            if self._block_of(entry) == block:
                 kv_kernels.remove_entry(self.table, entry)
                 self.num_blocks -= not self.key_kinds[block]
                 return True
@@ -146,16 +152,21 @@ class BlockHashToBlockMap:
 
     def extra_words(self, block: int) -> list[KeyWords]:
         """A block's further keys as int64 [words], in the order in which they came."""
-        found = []
+        found: list[KeyWords] = []
+        if not self.key_kinds[block] & MORE_KEYS:
+            return found
         entry = self._links[OF_BLOCK, block]
         while entry != NO_BLOCK:
             found.append(self._hashes[entry])
             entry = self._links[OF_BLOCK, entry]
         return found
 
-    def _entries_of(self, key: bytes) -> npt.NDArray[np.int64]:
-        entries: npt.NDArray[np.int64] = kv_kernels.entries_of(self.table, self.words([key]))
+    def _entries_of(self, key: bytes) -> list[int]:
+        entries: list[int] = kv_kernels.entries_of(self.table, self.words([key])).tolist()
         return entries
+
+    def _block_of(self, entry: int) -> int:
+        return entry if entry < len(self.key_kinds) else int(self._links[BLOCK, entry])
 
     def check_integrity(self) -> None:
         """Lookup can reach all keys that blocks carry, and no others.
@@ -171,7 +182,7 @@ class BlockHashToBlockMap:
             raise IntegrityError(f"KV: block {block} is missing from the hash index")
         for block in np.flatnonzero(is_own & ~has_own)[:1]:
             raise IntegrityError(f"KV: the hash index holds block {block}, which carries no hash")
-        owners = self._links[BLOCK, num_ids:]
+        owners = self._links[-1, num_ids:]
         if not np.array_equal(is_extra, owners != NO_BLOCK):
             raise IntegrityError("KV: the hash index and the blocks' further keys differ")
         has_more = (self.key_kinds & MORE_KEYS) > 0

@@ -3,7 +3,8 @@
 Semantics follow vLLM 0.32's `BlockPool` (v1/core/block_pool.py). A block is *used* while requests
 refer to it; otherwise it is in the free list, and if it carries a hash its content stays
 reusable until the block is handed out again. A block's id is its page; all operations take and
-return arrays of ids, int64 [n], and an operation that raises has changed nothing.
+return arrays of ids, int64 [n], and an operation that raises has changed nothing. With vLLM's
+objects and signatures the same books are in `vllm_block_pool.py`.
 """
 
 from __future__ import annotations
@@ -55,10 +56,6 @@ class BlockPool:
         self._free = FreeKVCacheBlockQueue(_contiguous(page_ids[1:]), num_ids)
         self._by_hash = BlockHashToBlockMap(num_ids, key_format)
         self._enable_caching = enable_caching
-        # What decides where a freed block goes in the free list.
-        self._worth_keeping = (
-            self._by_hash.key_kinds if enable_caching else np.zeros(num_ids, np.uint8)
-        )
         self.num_evictions = 0
         self._track_dead = track_dead
         self._dead: list[PageIds] = []
@@ -186,9 +183,9 @@ class BlockPool:
         Raises:
             IntegrityError: a block is not held that often.
         """
-        worth_keeping = self._worth_keeping
-        if keep_all:
-            worth_keeping = np.full(len(self.ref_cnt), OWN_KEY, dtype=np.uint8)
+        worth_keeping = self._by_hash.key_kinds
+        if keep_all or not self._enable_caching:
+            worth_keeping = np.full(len(self.ref_cnt), OWN_KEY if keep_all else 0, dtype=np.uint8)
         bad, num_dead, num_reusable = kv_kernels.release(
             self.ref_cnt,
             self._free.links,

@@ -41,6 +41,9 @@ class PageMove:
         return len(self.page_ids)
 
 
+_NOTHING = PageMove()
+
+
 class Boundary:
     """Moves pages between the tenants of one pool, a bounded number at a time."""
 
@@ -113,12 +116,11 @@ class Boundary:
             IntegrityError: a step's row plan is open.
         """
         lag = self.lag_pages
+        if not lag:
+            return self._at_rest()
         limit = min(abs(lag), self.max_pages_per_step)
         rows: list[ClassMove] = []
-        if not limit:
-            page_ids, to = _NO_PAGES, Tenant.EMB
-            rows = self._emb.rebalance(self.max_pages_per_step)
-        elif lag > 0:
+        if lag > 0:
             page_ids, to = self._kv.shrink(limit), Tenant.EMB
             self._emb.grow(page_ids)
         else:
@@ -128,3 +130,9 @@ class Boundary:
         self.num_moved_pages += len(page_ids)
         self.num_moved_rows += sum(len(move.rows) for move in rows)
         return PageMove(page_ids, to, tuple(rows))
+
+    def _at_rest(self) -> PageMove:
+        """Pages change hands between the classes of EMB only."""
+        rows = self._emb.rebalance(self.max_pages_per_step)
+        self.num_moved_rows += sum(len(move.rows) for move in rows)
+        return PageMove(rows=tuple(rows)) if rows else _NOTHING

@@ -183,7 +183,8 @@ class EmbeddingCache:
             raise IntegrityError("EMB: the row plan is not the open one")
         self._open_plan = None
         loaded = plan.admitted
-        self._pages.release(plan.slots[loaded])
+        if len(loaded):
+            self._pages.release(plan.slots[loaded])
         return loaded
 
     def _refuse_open_plan(self) -> None:

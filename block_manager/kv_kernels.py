@@ -50,10 +50,12 @@ class HashTable(NamedTuple):
     """Entry of each bucket's chain, or NO_BLOCK, int32 [buckets], a power of two."""
     links: Int32Array
     """Of each entry IN_BUCKET: the next one in the chain; OF_BLOCK: the block's next key; both
-    NO_BLOCK at the end; BLOCK: whose key it is. int32 [3, num_ids + 1 + extras]. The entry behind
-    those of the blocks is no key: OF_BLOCK it names the first unused extra, and that the next."""
+    NO_BLOCK at the end; BLOCK: of an extra, whose key it is. int32 [3, num_ids + 1 + extras]. The
+    entry behind those of the blocks is no key: OF_BLOCK it names the first unused extra, and that
+    the next. Where no block ever had a further key, int32 [1, num_ids]."""
     hashes: npt.NDArray[np.int64]
-    """int64 [num_ids + 1 + extras, words]; the first word's lowest bits are the bucket."""
+    """int64 [num_ids + 1 + extras, words], or [num_ids, words] likewise; the first word's lowest
+    bits are the bucket."""
     key_kinds: npt.NDArray[np.uint8]
     """Which kinds of key a block has: OWN_KEY, MORE_KEYS, both or 0, uint8 [num_ids]."""
 
@@ -253,10 +255,10 @@ def remove_entry(table: Any, entry: Any) -> None:
     """Takes one key from the block that has it."""
     links, num_ids = table.links, len(table.key_kinds)
     _unchain(table, np.array([entry]))
-    block = links[BLOCK, entry]
-    if entry == block:
-        table.key_kinds[block] &= MORE_KEYS
+    if entry < num_ids:
+        table.key_kinds[entry] &= MORE_KEYS
         return
+    block = links[BLOCK, entry]
     before = block
     while links[OF_BLOCK, before] != entry:
         before = links[OF_BLOCK, before]
@@ -350,8 +352,8 @@ def allocate(
 def release(ref_cnt: Any, free: Any, kinds: Any, null_block: Any, block_ids: Any) -> Any:
     """Counts a reader of each block less; those without any enter the free list.
 
-    In the given order, those without their own key (`kinds`, uint8 [num_ids]) at its head and those
-    with one at its tail.
+    In the given order, those without a key (`kinds`, uint8 [num_ids]) at its head and those with
+    one at its tail.
 
     Returns:
         The place of an id that is not held, then nothing has changed, or NONE_BAD; how many blocks
@@ -366,10 +368,12 @@ def release(ref_cnt: Any, free: Any, kinds: Any, null_block: Any, block_ids: Any
                 ref_cnt[counted] += 1
             return i, 0, 0
         ref_cnt[block] -= 1
-        if ref_cnt[block] == 0 and kinds[block] & OWN_KEY:
+        if ref_cnt[block] > 0:
+            continue
+        if kinds[block]:
             reusable[num_reusable] = block
             num_reusable += 1
-        elif ref_cnt[block] == 0:
+        else:
             dead[num_dead] = block
             num_dead += 1
     head = len(free.following) - 2

@@ -95,15 +95,7 @@ class _EngineCollector(Collector):
             ("rows_moved", "Rows copied because their page left.", stats.rows_moved),
         ):
             yield _counter(counter, help_text, name, value)
-        for counter, help_text, values in (
-            ("host_bytes", "Bytes that came from the host tier.", stats.host_bytes),
-            (
-                "host_read_failures",
-                "Reads of the host tier whose rows could not be had.",
-                stats.host_read_failures,
-            ),
-        ):
-            yield _counter_by_class(counter, help_text, name, values)
+        yield from _host_counters(stats, name)
 
 
 def _page_values(stats: EngineStats, model_name: str) -> Iterator[Metric]:
@@ -128,6 +120,19 @@ def _counter(name: str, help_text: str, model_name: str, value: float) -> Metric
     counter = CounterMetricFamily(f"helm:{name}", help_text, labels=["model_name"])
     counter.add_metric([model_name], value)
     return counter
+
+
+def _host_counters(stats: EngineStats, model_name: str) -> Iterator[Metric]:
+    """What came from the host tier, by traffic class."""
+    yield _counter_by_class(
+        "host_bytes", "Bytes that came from the host tier.", model_name, stats.host_bytes
+    )
+    yield _counter_by_class(
+        "host_read_failures",
+        "Reads of the host tier whose rows could not be had.",
+        model_name,
+        stats.host_read_failures,
+    )
 
 
 def _counter_by_class(name: str, help_text: str, model_name: str, values: Sequence[int]) -> Metric:

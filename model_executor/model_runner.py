@@ -95,8 +95,9 @@ class ModelRunner:
         self._layout = layout
         self._attention = attention
         self._device = device
-        # Kept and entered anew for each step: to make one takes longer than to enter it.
-        self._inference = torch.inference_mode()
+        # Nothing here asks for gradients, so nothing is recorded: to enter torch's inference mode
+        # for each step would take longer than it spares.
+        model.requires_grad_(False)
 
     @property
     def memory(self) -> DeviceMemory:
@@ -113,39 +114,39 @@ class ModelRunner:
 
         Candidates of a ranking model run through the layers with the histories, in `prefill`.
         """
-        with self._inference:
-            timer = PhaseTimer(self._device)
-            self._prepare_memory(step)
-            addresses = self._load_rows(step.rows)
+        timer = PhaseTimer(self._device)
+        self._prepare_memory(step)
+        addresses = self._load_rows(step.rows)
+        timer.mark()
+        if not step.requests:
             timer.mark()
-            if not step.requests:
-                timer.mark()
-                return self._ended(step, ModelOutput({}, {}, timer.result()))
-            batch = self._batch(step.requests)
-            rows = self._token_rows(step.requests, addresses)
-            x = self.model.embed(rows, batch)
-            encoded = self.model.encode(x, batch, self.arena.kv, self._attention)
-            timer.mark()
-            retrieved: dict[str, tuple[Int64Array, Float32Array]] = {}
-            if isinstance(self.model, RankingModel):
-                candidate_rows = rows[batch.num_context_rows :]
-                scores = self.model.score(encoded, candidate_rows, batch)
-            else:
-                assert isinstance(self.model, RetrievalModel)
-                users = self.model.normalise_user(encoded)
-                scores = self._inner_products(self.model, step.requests, users, addresses)
-                retrieved = self._retrieve(step.requests, users)
-            parts = _by_request(step.requests, scores)
-            return self._ended(step, ModelOutput(parts, retrieved, timer.result()))
+            return self._ended(step, ModelOutput({}, {}, timer.result()))
+        batch = self._batch(step.requests)
+        rows = self._token_rows(step.requests, addresses)
+        x = self.model.embed(rows, batch)
+        encoded = self.model.encode(x, batch, self.arena.kv, self._attention)
+        timer.mark()
+        retrieved: dict[str, tuple[Int64Array, Float32Array]] = {}
+        if isinstance(self.model, RankingModel):
+            candidate_rows = rows[batch.num_context_rows :]
+            scores = self.model.score(encoded, candidate_rows, batch)
+        else:
+            assert isinstance(self.model, RetrievalModel)
+            users = self.model.normalise_user(encoded)
+            scores = self._inner_products(self.model, step.requests, users, addresses)
+            retrieved = self._retrieve(step.requests, users)
+        parts = _by_request(step.requests, scores)
+        return self._ended(step, ModelOutput(parts, retrieved, timer.result()))
 
     def _ended(self, step: SchedulerOutput, output: ModelOutput) -> ModelOutput:
         """Nothing of the step can fail any more: its refill begins, the one before is reported."""
         refilled, failed = self._refill.take_ended()
         if step.refill is not None:
             self._refill.begin(step.refill)
+        if refilled is None and failed is None:
+            return output
         return replace(output, refilled=refilled, refill_failed=failed)
 
-    @torch.inference_mode()
     def encode(self, step: SchedulerOutput) -> Tensor:
         """Loads a step's rows and runs its layers, as `execute` does, and scores nothing.
 

@@ -3,13 +3,12 @@
 helm:published            hash: digest of the tables -> JSON of `PublishedTables`, written last
 helm:DIGEST:TABLE         hash: row id in the table (uint32, little-endian) -> the row's bytes
 
-One hash for each table, read with HMGET. Of five layouts, tried over loopback with rows of 256 and
-2,048 bytes in random batches of 64 to 8,192, it was the fastest everywhere: MGET over one string
-key for each row took 1.05 to 1.6 times as long (a key names model and table where a field is 4
-bytes), pipelined GETRANGE over large strings 1.7 to 5 times (a command for each row), a script on
-the server, over either, 1.4 to 10 times. A hash also takes the least memory for each row, none of
-its values comes near the 512 MB that a string may have, a row is replaced by one HSET, and a
-model's tables go with one UNLINK each.
+One hash for each table, read with HMGET. `benchmarks/row_layouts.py` reads random batches of 64 to
+8,192 rows of 256 and 2,048 bytes in five ways: MGET over one string key for each row takes about as
+long (0.7 to 1.2 times, on a busy machine), pipelined GETRANGE over large strings 1.4 to 3.9 times
+(a command for each row), a script on the server 1.3 to 8.7 times. A hash takes the least memory for
+each row, none of its values comes near the 512 MB that a string may have, a row is replaced by one
+HSET, and a model's tables go with one UNLINK each.
 
 The digest is in every key: a new model never reads the rows of another.
 """

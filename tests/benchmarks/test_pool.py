@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import pool as benchmark
 from benchmarks.pool import LAYOUT, Pool, bytes_held, make_evictable, measure_moves
-from block_manager.block_pool import BlockPool
+from block_manager.free_slots import FreeSlots
 from block_manager.page_pool import Tenant
 from tests.e2e.running_server import REPOSITORY
 
@@ -43,13 +43,18 @@ def test_pages_go_to_kv_and_come_back_by_eviction_alone(evictable: Pool) -> None
 
 
 def test_bytes_are_those_of_all_arrays_wherever_they_are_kept() -> None:
-    # Readers, two links between two sentinels, a hash of 32 bytes with its mark and chain, buckets.
-    expected = 7 * (4 + 4 + 4 + 32 + 1 + 4) + 2 * 2 * 4 + 8 * 4
-    assert bytes_held(BlockPool(np.arange(7))) == expected
+    class Owner:
+        def __init__(self) -> None:
+            self.number, self.table = 3, np.zeros(5, dtype=np.int32)
+            self.same = self.table[:3]
+            self.free = FreeSlots(7)
+
+    # A slot in the stack and its place, int32 both; what is shared counts once.
+    assert bytes_held(Owner()) == 5 * 4 + 7 * (4 + 4)
 
 
 def test_without_vllm_the_ratio_is_missing_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    monkeypatch.setattr(benchmark.vllm_blocks, "has_vllm", lambda: False)
     found = benchmark.alloc_vs_vllm()
     assert found == {"alloc_vs_vllm_ratio": None, "alloc_vs_vllm_reason": "vllm is not installed"}
 

@@ -1,4 +1,4 @@
-"""Both tenants of a pool and the memory under them, written from the rules with lists and dicts."""
+"""Both tenants of a pool, written from the rules with lists and dicts."""
 
 from __future__ import annotations
 
@@ -10,41 +10,6 @@ from block_manager.row_plan import NOWHERE, RefillPlan, RowMoves, RowPlan
 
 Token = tuple[str, tuple[int, ...]]
 """What a token's K and V depend on: its user, and all events up to it."""
-
-
-class PlainMemory:
-    """What is written where. A page is the same bytes for both tenants: each destroys the other's.
-
-    None stands for poison, and for what a write of the other tenant has made of it.
-    """
-
-    def __init__(self, num_pages: int, block_tokens: int, rows_per_page: int) -> None:
-        self.block_tokens, self.rows_per_page = block_tokens, rows_per_page
-        self.tokens: list[list[Token | None]] = [[None] * block_tokens for _ in range(num_pages)]
-        self.rows: list[list[int | None]] = [[None] * rows_per_page for _ in range(num_pages)]
-
-    def write_token(self, page: int, place: int, token: Token | None) -> None:
-        self.rows[page] = [None] * self.rows_per_page
-        self.tokens[page][place] = token
-
-    def write_row(self, slot: int, row: int | None) -> None:
-        page, place = divmod(slot, self.rows_per_page)
-        self.tokens[page] = [None] * self.block_tokens
-        self.rows[page][place] = row
-
-    def row_at(self, slot: int) -> int | None:
-        page, place = divmod(slot, self.rows_per_page)
-        return self.rows[page][place]
-
-    def poison_page(self, page: int) -> None:
-        self.rows[page] = [None] * self.rows_per_page
-        self.tokens[page] = [None] * self.block_tokens
-
-    def copy_rows(self, moves: RowMoves) -> None:
-        """All at once, as a device may make the copies in any order."""
-        held = [self.row_at(slot) for slot in moves.sources.tolist()]
-        for slot, row in zip(moves.destinations.tolist(), held, strict=True):
-            self.write_row(slot, row)
 
 
 @dataclass

@@ -361,3 +361,18 @@ def test_self_check_finds_a_free_block_with_a_reader() -> None:
     pool.ref_cnt[2] = 1
     with pytest.raises(IntegrityError, match="block 2 "):
         pool.check_integrity()
+
+
+# ---------------------------------------------------------------- pages that leave
+
+
+def test_a_page_that_has_left_is_not_among_the_dead() -> None:
+    # It would be poisoned as a block after rows were moved there.
+    pool = make_pool(5, track_dead=True)
+    blocks = take_hashed(pool, A, B)
+    pool.free_blocks(blocks)
+    leaving = pool.shrink(3).tolist()
+    assert sorted(leaving) == [1, 3, 4]
+    assert pool.take_dead_blocks() == []
+    assert holder_of(pool, B) == 2
+    pool.check_integrity()

@@ -184,6 +184,19 @@ def test_plan_that_was_closed_cannot_be_committed() -> None:
     cache.check_integrity()
 
 
+# ---------------------------------------------------------------- pages that leave
+
+
+def test_slots_of_a_page_that_has_left_are_not_among_the_dead() -> None:
+    cache = make_cache([1, 2])
+    cache.commit(plan_rows(cache, {row: 1 for row in range(8)}))
+    cache.take_dead_slots()
+    leaving, moves = cache.shrink(1)
+    assert len(leaving) == 1 and len(moves) == 0
+    assert cache.take_dead_slots().tolist() == []
+    cache.check_integrity()
+
+
 # ---------------------------------------------------------------- planted corruption
 # The only tests here that reach into private state: no public call can break the books.
 

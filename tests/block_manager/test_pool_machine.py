@@ -28,8 +28,9 @@ from block_manager.embedding_tenant import EmbeddingTenant, WidthClass
 from block_manager.kv_cache_manager import KVCacheManager
 from block_manager.page_pool import PagePool, Tenant
 from block_manager.pool_layout import PoolLayout
-from block_manager.row_plan import NOWHERE, RefillPlan, RowMoves, RowPlan
-from tests.block_manager.plain_tenants import PlainEMB, PlainKV, PlainMemory, Token
+from block_manager.row_plan import NOWHERE, RefillPlan, RowMoves
+from tests.block_manager.plain_memory import Chunk, PlainMemory, Step
+from tests.block_manager.plain_tenants import PlainEMB, PlainKV, Token
 
 BLOCK_TOKENS, ROWS_PER_PAGE, NUM_ROWS = 4, 3, 29
 LONGEST = 12
@@ -79,32 +80,6 @@ class Running:
     @property
     def is_done(self) -> bool:
         return self.computed == len(self.tokens)
-
-
-@dataclass
-class Chunk:
-    """What a step computes of a request: tokens start .. end - 1."""
-
-    name: str
-    tokens: list[Token]
-    blocks: list[int]
-    start: int
-    end: int
-
-
-@dataclass
-class Step:
-    """A step between its plan and its end."""
-
-    chunks: list[Chunk]
-    rows: RowPlan
-    dead_blocks: list[int]
-    dead_slots: list[int]
-    moves: RowMoves
-    begun: RefillPlan | None
-    refilled: RefillPlan | None
-    refill_failed: RefillPlan | None
-    is_executed: bool = False
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -269,7 +244,7 @@ class PoolMachine(RuleBasedStateMachine):
         )
         self.moves, self.planned = RowMoves(), None
         if at_once:
-            self.execute(self.open)
+            self.memory.execute(self.open)
             self.all_that_died_is_poisoned()
 
     @precondition(lambda self: not (self.open or self.planned or len(self.moves)))
@@ -293,39 +268,6 @@ class PoolMachine(RuleBasedStateMachine):
         for name in [name for name, one in self.running.items() if one.is_done]:
             self.let_go(name)
 
-    def execute(self, step: Step, until: str = "end") -> None:
-        """Does what the step says, or breaks down in a phase of it."""
-        step.is_executed = True
-        if until != "move":
-            self.memory.copy_rows(step.moves)
-        for page in step.dead_blocks:
-            self.memory.poison_page(page)
-        for slot in step.dead_slots:
-            self.memory.write_row(slot, None)
-        if step.refilled is not None:
-            for row, slot in zip(step.refilled.row_ids, step.refilled.slots, strict=True):
-                self.memory.write_row(int(slot), int(row))
-        loaded = step.rows.admitted[:: 2 if until == "load" else 1]
-        if until in ("load", "end"):
-            for place in loaded.tolist():
-                self.memory.write_row(int(step.rows.slots[place]), int(step.rows.row_ids[place]))
-        if until == "end":
-            self.compute(step)
-
-    def compute(self, step: Step) -> None:
-        """Every row and every token that is read must be the one that was asked for."""
-        for row, slot in zip(step.rows.row_ids.tolist(), step.rows.slots.tolist(), strict=True):
-            assert slot == NOWHERE or self.memory.row_at(slot) == row
-        for chunk in step.chunks:
-            assert self.read(chunk.blocks, chunk.start) == chunk.tokens[: chunk.start]
-            for place in range(chunk.start, chunk.end):
-                page = chunk.blocks[place // BLOCK_TOKENS]
-                self.memory.write_token(page, place % BLOCK_TOKENS, chunk.tokens[place])
-
-    def read(self, blocks: list[int], number: int) -> list[Token | None]:
-        held = [token for block in blocks for token in self.memory.tokens[block]]
-        return held[:number]
-
     @precondition(lambda self: self.open)
     @rule(outcome=st.sampled_from([*["succeeds"] * 6, "move", "poison", "load", "end"]))
     def end_step(self, outcome: str) -> None:
@@ -333,7 +275,7 @@ class PoolMachine(RuleBasedStateMachine):
         step = self.open
         assert step is not None
         if not step.is_executed:
-            self.execute(step, "end" if outcome == "succeeds" else outcome)
+            self.memory.execute(step, "end" if outcome == "succeeds" else outcome)
         self.open = None
         if outcome == "succeeds":
             self.commit(step)
@@ -451,7 +393,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.memory.tokens[block] == held
         for name, one in self.running.items():
             blocks = self.plain_kv.held[name].blocks
-            assert self.read(blocks, one.computed) == one.tokens[: one.computed]
+            assert self.memory.read(blocks, one.computed) == one.tokens[: one.computed]
 
 
 STEPS = 200

@@ -23,6 +23,7 @@ from benchmarks.report import machine, versions
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RUNS = ("pass-through", "ours", "ours-with-emb")
+DIFFERENTIAL_SEED = 1
 
 TEST_FILES = (
     "tests/v1/core/test_prefix_caching.py",
@@ -167,6 +168,7 @@ def differential(operations: int, place: Path) -> dict[str, int] | None:
     """Random operations on both pools; how often each was done, or None where they differed."""
     counts = place / "differential.json"
     command = [sys.executable, str(HERE / "differential.py"), "--json", str(counts)]
+    command += ["--seed", str(DIFFERENTIAL_SEED)]
     done = subprocess.run([*command, "--operations", str(operations)])
     if done.returncode:
         return None
@@ -200,6 +202,7 @@ def main() -> None:
         "command": "make compat",
         "machine": machine(),
         "versions": versions(),
+        "seeds": [DIFFERENTIAL_SEED],
         "passed": {run: len(passed(outcomes[run])) for run in RUNS},
         "not_passed": {run: len(outcomes[run]) - len(passed(outcomes[run])) for run in RUNS},
         "passed_per_file": {run: per_file(passed(outcomes[run])) for run in RUNS},

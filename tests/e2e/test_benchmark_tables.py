@@ -10,6 +10,7 @@ from tests.e2e.running_server import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SYSTEMS = ("helm", "caches_off")
+ROW_POLICIES = ("helm", "lru", "lfu", "optimum")
 PAGE = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
@@ -20,6 +21,10 @@ def result(name: str) -> Any:
 
 def percent(share: float) -> str:
     return f"{share:.0%}".replace("%", " %")
+
+
+def percent_1(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")
 
 
 def with_range(value: float, around: list[float]) -> str:
@@ -65,6 +70,19 @@ def rows() -> Iterator[str]:
             f"| {cell['shape']} | {cell['tokens']} | {cell['dtype']} | {cell['gflops']:.0f} | "
             f"{cell['gemm_gflops']:.0f} | {cell['fraction']:.2f} |"
         )
+    for cell in result("row_policy")["cells"]:
+        shares = [percent_1(cell[f"{one}_hit_share"]) for one in ROW_POLICIES]
+        yield (
+            f"| `{cell['stream']}` | {percent(cell['slots_share'])} | {' | '.join(shares)} | "
+            f"{cell['helm_vs_optimum']:.2f} | {', '.join(cell['better'])} |"
+        )
+        if "hit_share_after_change" in cell:
+            after = [percent_1(cell["hit_share_after_change"][one]) for one in ROW_POLICIES]
+            yield f"| {percent(cell['slots_share'])} | {' | '.join(after)} |"
+    for move in result("pool")["page_moves"]:
+        to_emb = with_range(move["to_emb_us"], move["to_emb_us_spread"])
+        to_kv = with_range(move["to_kv_us"], move["to_kv_us_spread"])
+        yield f"| {move['content']} | {to_emb} | {to_kv} | {move['moved_rows_per_page']:.0f} |"
     for cell in result("bfloat16")["cells"]:
         gain = with_range(cell["throughput_vs_float32"], cell["throughput_vs_float32_95"])
         yield (
@@ -121,6 +139,21 @@ def test_both_show_what_overload_and_soak_found() -> None:
     ]
     assert [figure for figure in figures if figure not in page] == []
     assert f"keeps {overload['goodput_ratio']:.2f} of the peak" in " ".join(README.split())
+
+
+def test_the_page_shows_what_the_books_of_the_pool_cost() -> None:
+    page, pool = " ".join(PAGE.split()), result("pool")
+    figures = [
+        f"10,000 rows takes {pool['lookup_10k_us']:.0f} µs",
+        f"{pool['plan_10k_us']:.0f} µs as a whole step",
+        f"displace as many takes {pool['admit_evict_1k_us']:.0f} µs",
+        f"{pool['page_move_us']:.1f} µs on average",
+        f"{pool['compaction_us_per_row']:.2f} µs for each row",
+        f"{pool['bytes_per_row']:.0f} bytes for each row of the table",
+        f"{pool['bytes_per_slot']:.0f} for each slot",
+        f"{pool['bytes_per_block']:.0f} for each block",
+    ]
+    assert [figure for figure in figures if figure not in page] == []
 
 
 def test_every_result_says_where_it_comes_from() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -67,6 +68,8 @@ class CheckingExecutor(SimulatedExecutor):
         self.mistakes: list[str] = []
         """Kept and not raised: an engine takes what an executor raises for a failed step."""
         self.num_moved_rows = self.num_refilled_rows = self.num_failed = 0
+        self.amid: Callable[[], None] = lambda: None
+        """Called while each step runs: what others do then."""
         self._rng = np.random.default_rng(seed)
         self._failing = failing
 
@@ -86,6 +89,7 @@ class CheckingExecutor(SimulatedExecutor):
             held = self.memory.rows_at(step.moves.sources)
             self.memory.write_rows(step.moves.destinations, held)
             self.num_moved_rows += len(held)
+        self.amid()
         if phase > 1:
             self.memory.poison(step.dead_blocks)
             self.memory.write_rows(step.dead_slots, NOTHING)
