@@ -91,39 +91,8 @@ def rows() -> Iterator[str]:
         )
 
 
-def page_value_rows() -> Iterator[str]:
-    """A line for each split and tenant: the error that is largest of all seeds, by sampling."""
-    page_value = result("page_value")
-    by_cell: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for line in page_value["cells"]:
-        by_cell.setdefault((line["split"], line["profile"], line["tenant"]), []).append(line)
-    for (split, profile, tenant), lines in by_cell.items():
-        by_shares: dict[tuple[float, float], list[float]] = {}
-        for line in lines:
-            shares = (line["user_share"], line["row_share"])
-            by_shares.setdefault(shares, []).append(line["error"])
-        brute = [sum(line["brute_force_ms"]) / 2 for line in lines]
-        worst = [signed_percent(max(errors, key=abs)) for errors in by_shares.values()]
-        first = lines[0]
-        yield (
-            f"| `{split}` | {first['kv_pages']} + {first['emb_pages']} | {profile} | {tenant} | "
-            f"{sum(brute) / len(brute):.4f} | {' | '.join(worst)} |"
-        )
-    for line in page_value["overhead"]:
-        quartiles = " to ".join(percent(share) for share in line["added_quartiles"])
-        yield (
-            f"| {line['shape']} | 1/{1 / line['user_share']:.0f} | 1/{1 / line['row_share']:.0f} | "
-            f"{percent(line['added'])} ({quartiles}) | {line['added_us_per_visit']:.0f} | "
-            f"{line['scheduler_us_per_visit']:.0f} |"
-        )
-
-
-def signed_percent(share: float) -> str:
-    return f"{share:+.0%}".replace("%", " %")
-
-
 def test_the_page_shows_every_cell() -> None:
-    assert [row for row in (*rows(), *page_value_rows()) if row not in PAGE] == []
+    assert [row for row in rows() if row not in PAGE] == []
 
 
 def test_the_readme_shows_the_ratios_of_every_workload_of_its_model() -> None:
