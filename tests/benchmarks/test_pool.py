@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import pool as benchmark
+from benchmarks import vllm_blocks
 from benchmarks.pool import LAYOUT, Pool, bytes_held, make_evictable, measure_moves
 from block_manager.free_slots import FreeSlots
 from block_manager.page_pool import Tenant
@@ -54,7 +55,7 @@ def test_bytes_are_those_of_all_arrays_wherever_they_are_kept() -> None:
 
 
 def test_without_vllm_the_ratio_is_missing_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark.vllm_blocks, "has_vllm", lambda: False)
+    monkeypatch.setattr(vllm_blocks, "has_vllm", lambda: False)
     found = benchmark.alloc_vs_vllm()
     assert found == {"alloc_vs_vllm_ratio": None, "alloc_vs_vllm_reason": "vllm is not installed"}
 
