@@ -85,15 +85,6 @@ def worst_ratio(figures: Figures) -> float:
     return max(figures[f"array_api_{number}"]["ratio"] for number in REQUEST_BLOCKS)
 
 
-def alloc_vs_vllm_ratio() -> float:
-    """Measures, and says our time over vLLM's through what the engine calls.
-
-    Raises:
-        ModuleNotFoundError: vLLM is not installed.
-    """
-    return worst_ratio(measure())
-
-
 def _microseconds(operation: Callable[[int], None], number: int) -> float:
     start = time.perf_counter()
     for _ in range(CALLS_PER_TURN):
