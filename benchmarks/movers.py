@@ -29,7 +29,7 @@ from model_executor.model_runner import ModelRunner
 from model_executor.simulated_executor import SimulatedExecutor
 from model_executor.step import ModelOutput, SchedulerOutput, StepTimings
 
-UNLIMITED = RefillConfig(cap_bytes_per_s=1e15, chunk_bytes=1 << 50)
+UNLIMITED = RefillConfig(cap_bytes_per_s=1e15, burst_bytes=1 << 50)
 
 
 class CountingStore:

@@ -7,7 +7,7 @@ counted from the move on. In both directions; the figures at the top are of the 
 
 In virtual time the simulated executor prices steps with the profile below. In real time the model
 runs on this machine and its rows are in a Redis behind a link of stated round trip and bandwidth;
-all four engines take turns, so that a slow minute of the machine hits each of them. `naive` moves
+all six engines take turns, so that a slow minute of the machine hits each of them. `naive` moves
 all pages at once and fills them before it goes on.
 
     python benchmarks/moving.py --json benchmarks/results/moving.json --seeds 1,2,3,4,5
@@ -177,7 +177,7 @@ def measure(arm: Arm, core: EngineCore, timer: Timer, trace: Trace) -> tuple[Out
     looks = [(when, watch.look) for when in np.arange(0.0, trace.seconds, LOOK_S).tolist()]
     moves = [(MOVE_AT_S, lambda: core.set_target(arm.ends))] if arm.moves else []
     outcome = offer(core, timer, trace.measured, [*looks, *moves], keep_scores=True)
-    offer(core, timer, [])  # A refill may be under way.
+    offer(core, timer, [], drain=True)  # A refill may be under way.
     core.scheduler.check_integrity()
     return outcome, watch
 
@@ -260,7 +260,7 @@ def cells(repeats: Sequence[dict[str, Result]], kind: str) -> list[dict[str, Any
                     float(np.percentile(one.latencies, 99)) for one in results
                 ],
                 "slowest_ms": float(np.mean([max(one.outcome.latencies_ms) for one in results])),
-                "moved_after_s": max(moved) if arm.moves and moved else None,
+                "moved_after_s": max(moved) if arm.moves and len(moved) == len(results) else None,
                 "failed_requests": sum(one.outcome.failures for one in results),
                 "refill_bytes_on_critical_path": sum(one.critical_bytes for one in results),
                 "row_hit_share": float(
@@ -305,9 +305,11 @@ def max_score_diff(repeats: Sequence[dict[str, Result]]) -> float:
     for repeat in repeats:
         still = repeat["still_low"].outcome.scores
         for result in repeat.values():
+            assert result.outcome.scores.keys() == still.keys()
             for name, scores in result.outcome.scores.items():
                 difference = np.abs(still[name] - scores) / np.maximum(1.0, np.abs(still[name]))
-                worst = max(worst, float(difference.max()))
+                # Not Python's max, which takes NaN for nothing.
+                worst = float(np.maximum(worst, difference.max()))
     return worst
 
 

@@ -89,6 +89,7 @@ def offer(
     requests: Sequence[tuple[float, AddRequest]],
     events: Sequence[tuple[float, Callable[[], object]]] = (),
     keep_scores: bool = False,
+    drain: bool = False,
 ) -> Outcome:
     """Runs requests open-loop: each is added when it is due, whatever the engine is doing.
 
@@ -98,6 +99,7 @@ def offer(
         requests: seconds after the start, ascending, and the request.
         events: seconds after the start, and what to do then; between two steps.
         keep_scores: whether the outcome gets the scores.
+        drain: whether moves and refills are waited for too.
     """
     begin = timer.now()
     # Times of the clock from here on: a difference of two may miss what it was made of by a bit.
@@ -105,7 +107,7 @@ def offer(
     happening = deque((begin + when, act) for when, act in sorted(events, key=lambda one: one[0]))
     due: dict[str, tuple[float, float]] = {}
     outcome = Outcome()
-    while coming or happening or core.has_work:
+    while coming or happening or core.has_work or (drain and core.has_background_work):
         while happening and happening[0][0] <= timer.now():
             happening.popleft()[1]()
         while coming and coming[0][0] <= timer.now():

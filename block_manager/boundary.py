@@ -87,6 +87,11 @@ class Boundary:
         return self._pool.committed
 
     @property
+    def reachable(self) -> float:
+        """The share that floors leave of the target, 0..1: what `committed` ends at."""
+        return self._target_pages / self._pool.num_pages
+
+    @property
     def lag_pages(self) -> int:
         """Pages that EMB has yet to get; below 0: to give."""
         return self._target_pages - self._pool.num_emb_pages
@@ -107,7 +112,7 @@ class Boundary:
             raise ValueError(f"emb_fraction: must be within 0..1, not {emb_fraction}")
         self._target = emb_fraction
         self._target_pages = self._layout.emb_pages_of(emb_fraction)
-        return self._target_pages / self._pool.num_pages
+        return self.reachable
 
     def step(self) -> PageMove:
         """Moves what can be moved now, `max_pages_per_step` pages at most; between two steps.
@@ -115,6 +120,7 @@ class Boundary:
         Raises:
             IntegrityError: a step's row plan is open.
         """
+        self._emb.observe_step()
         lag = self.lag_pages
         if not lag:
             return self._at_rest()
@@ -122,7 +128,8 @@ class Boundary:
         rows: list[ClassMove] = []
         if lag > 0:
             page_ids, to = self._kv.shrink(limit), Tenant.EMB
-            self._emb.grow(page_ids)
+            if len(page_ids):
+                self._emb.grow(page_ids)
         else:
             (page_ids, rows), to = self._emb.shrink(limit), Tenant.KV
             self._kv.grow(page_ids)

@@ -27,6 +27,8 @@ _PAGES_REMEMBERED = 8
 """With fewer pages counts age as with so many, or nothing would show that more are worth having."""
 _REFILL_WINDOW = 1 << 16
 """Rows of the table that one call looks at for hot ones that are absent."""
+_REFILL_TIERS = (16, 4, 1)
+"""The hottest come first: rows that deserved a slot if there were so many times fewer."""
 
 
 class EmbeddingCache:
@@ -53,6 +55,8 @@ class EmbeddingCache:
             num_pages = int(page_ids.max(initial=-1)) + 1
         self._pages = SlotPages(num_pages, rows_per_page)
         num_ids = num_pages * rows_per_page
+        if num_ids > np.iinfo(np.int32).max:
+            raise ValueError(f"rows_per_page: {num_ids} slots are more than the index can name")
         self._slot_of_row = np.full(num_rows, NOWHERE, dtype=np.int32)
         self._row_of_slot = np.full(num_ids, NOWHERE, dtype=np.int64)
         self._last_use = np.zeros(num_ids, dtype=np.int64)
@@ -64,6 +68,7 @@ class EmbeddingCache:
         """How hot rows are, resident ones and absent ones."""
         self._refill_hand = 0
         self._rows_to_scan = 0
+        self._refill_tier = 0
         self._step = 0
         self._open_plan: RowPlan | None = None
         self._open_refill: RefillPlan | None = None
@@ -234,7 +239,10 @@ class EmbeddingCache:
     def grow(self, page_ids: PageIds) -> None:
         """Takes pages (int64 [n]) that are not the tenant's; their slots are free at once."""
         self._bury(self._admit_pages(page_ids))
-        self._rows_to_scan = self.num_rows
+        self._begin_refills()
+
+    def _begin_refills(self) -> None:
+        self._rows_to_scan, self._refill_tier = self.num_rows, 0
 
     def _admit_pages(self, page_ids: PageIds) -> npt.NDArray[np.int64]:
         self._pages.add(page_ids)
@@ -299,8 +307,9 @@ class EmbeddingCache:
     def plan_refill(self, limit: int) -> RefillPlan | None:
         """Reserves free slots for up to `limit` of the hottest absent rows.
 
-        Only rows that deserve a slot as the tenant is now come into question, and one call looks at
-        a window of the table only, so several calls may be needed to find them all.
+        Only rows that deserve a slot as the tenant is now come into question. One call looks at a
+        window of the table only, and the table is gone through several times: first for rows that
+        deserved one of a sixteenth of the slots.
 
         Returns:
             What to load, or None: nothing was found in the window, or a refill is open.
@@ -311,13 +320,16 @@ class EmbeddingCache:
         found, seen = row_kernels.find_absent(
             self.policy.counts,
             self._slot_of_row,
-            self.policy.deserving(self.num_slots),
+            self.policy.deserving(self.num_slots // _REFILL_TIERS[self._refill_tier]),
             self._refill_hand,
             min(self._rows_to_scan, _REFILL_WINDOW),
             limit,
         )
         self._refill_hand = (self._refill_hand + seen) % self.num_rows
         self._rows_to_scan -= seen
+        if not self._rows_to_scan and self._refill_tier < len(_REFILL_TIERS) - 1:
+            self._refill_tier += 1
+            self._rows_to_scan = self.num_rows
         if not len(found):
             return None
         rows = found[_hottest_first(self.policy, found, np.arange(len(found)))]
@@ -338,7 +350,7 @@ class EmbeddingCache:
         """The rows could not be had: the slots reserved for them are free again."""
         self._close_refill(refill)
         self._give_back(refill.slots)
-        self._rows_to_scan = self.num_rows
+        self._begin_refills()
 
     def _close_refill(self, refill: RefillPlan) -> None:
         if refill is not self._open_refill:

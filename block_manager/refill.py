@@ -57,7 +57,7 @@ class RefillConfig:
     """Left free besides what the foreground takes, for what it will take next."""
     mark_bytes_per_s: float = math.inf
     """Refill rests while demand misses bring in more than this."""
-    chunk_bytes: int = 256 << 10
+    burst_bytes: int = 256 << 10
     """What is read in one go: the most that may be saved up, and that a demand miss waits for."""
     decay_s: float = 0.25
     """Time constant of the estimates: a burst of misses is forgotten to 1/e after this long."""
@@ -81,8 +81,8 @@ class RefillConfig:
             )
         if not self.mark_bytes_per_s >= 0.0:
             raise ValueError(f"mark_bytes_per_s: must be at least 0, not {self.mark_bytes_per_s}")
-        if self.chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes: must be at least 1, not {self.chunk_bytes}")
+        if self.burst_bytes < 1:
+            raise ValueError(f"burst_bytes: must be at least 1, not {self.burst_bytes}")
 
 
 class RefillThrottle:
@@ -108,9 +108,9 @@ class RefillThrottle:
         return self._config.cap_bytes_per_s > 0.0
 
     @property
-    def chunk_bytes(self) -> int:
+    def burst_bytes(self) -> int:
         """The most that `available` ever says, but for debts that it has to work off."""
-        return self._config.chunk_bytes
+        return self._config.burst_bytes
 
     def count_foreground(self, traffic: TrafficClass, num_bytes: int, now: float) -> None:
         """Takes note of bytes that a request waited for.
@@ -161,7 +161,7 @@ class RefillThrottle:
         if elapsed <= 0.0:
             return
         gained = self._gain(elapsed)
-        self._tokens = min(float(self._config.chunk_bytes), self._tokens + gained)
+        self._tokens = min(float(self._config.burst_bytes), self._tokens + gained)
         decayed = math.exp(-elapsed / self._config.decay_s)
         self._demand *= decayed
         self._onboarding *= decayed

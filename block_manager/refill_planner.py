@@ -50,7 +50,7 @@ class RefillPlanner:
         if not self.is_wanted(now):
             return None
         rows = self.throttle.available(now) // self._row_bytes
-        if rows < _LEAST_ROWS and rows < self.throttle.chunk_bytes // self._row_bytes:
+        if rows < _LEAST_ROWS and rows < self.throttle.burst_bytes // self._row_bytes:
             return None
         refill = self._emb.plan_refill(rows)
         if refill is not None:

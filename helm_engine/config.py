@@ -110,9 +110,12 @@ class HostTierConfig:
     @property
     def refill(self) -> RefillConfig:
         """The budget of refill on the link."""
-        link = float("inf") if self.link_bytes_per_second is None else self.link_bytes_per_second
+        cap, link = float(self.refill_bytes_per_second), self.link_bytes_per_second
+        if link is None:
+            return RefillConfig(cap)
+        # A tenth is left free, and requests that take half of the link have it to themselves.
         return RefillConfig(
-            cap_bytes_per_s=float(self.refill_bytes_per_second), link_bytes_per_s=float(link)
+            cap, float(link), margin_bytes_per_s=link / 10, mark_bytes_per_s=link / 2
         )
 
     @property

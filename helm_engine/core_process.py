@@ -42,6 +42,8 @@ HEARTBEAT_SECONDS = 0.2
 """A core that runs or waits says something at least this often, between steps."""
 _BACKGROUND_SECONDS = 0.001
 """Without requests, pages and rows move in steps that are this far apart."""
+_STALLED_SECONDS = 0.01
+"""And these, where they wait for something: a refill on its way, the link's budget."""
 _IDLE_CHECK_SECONDS = 1.0
 """Once the engine has had nothing to do for this long, it looks whether anything was leaked."""
 
@@ -95,6 +97,7 @@ def run_core_process(
     loop = _CoreLoop(engine.core, engine.runner.loader.traffic, addresses)
     front.send(engine.served)
     loop.run()
+    engine.runner.close()
     # A core that lost track of a page must not end as if all had been well.
     engine.core.check_integrity()
 
@@ -161,7 +164,8 @@ class _CoreLoop:
                     return
                 idle_since, checked = time.monotonic(), False
             elif self._core.has_background_work:
-                if not self._step(wait=_BACKGROUND_SECONDS):
+                moves = self._core.made_progress
+                if not self._step(_BACKGROUND_SECONDS if moves else _STALLED_SECONDS):
                     return
             else:
                 if not self._take_messages(wait=HEARTBEAT_SECONDS):

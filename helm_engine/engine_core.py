@@ -21,6 +21,8 @@ class EngineCore:
         self.scheduler = scheduler
         self._executor = executor
         self._clock = clock
+        self.made_progress = False
+        """Whether the last step did anything, for requests or for the pool."""
         self.failed_in_a_row = 0
         """Steps that could not be carried out since the last one that could; those that lacked
         rows do not count, for another process would not have the rows either."""
@@ -68,14 +70,19 @@ class EngineCore:
 
     def step(self) -> list[Request]:
         """Runs one step; returns the requests that ended, with results or with an error."""
+        pages_moved = self.scheduler.boundary.num_moved_pages
         step = self.scheduler.schedule(self._clock.now())
+        self.made_progress = (
+            step is not None or self.scheduler.boundary.num_moved_pages != pages_moved
+        )
         finished: list[Request] = []
         if step is not None:
             try:
                 output = self._executor.execute(step)
             except RowsUnavailableError as error:
                 # The host tier says so in the log itself, once for each outage.
-                self.scheduler.fail_step(step, StepFailedError(f"the step failed: {error}"))
+                failure = StepFailedError(f"the step failed: {error}")
+                self.scheduler.fail_step(step, failure, moves_made=True)
             except Exception as error:
                 # A step may fail for reasons outside the engine (a device out of memory,
                 # a bug): its requests are told, the engine goes on.

@@ -30,7 +30,7 @@ from model_executor.checkpoint import (
 )
 from model_executor.cost_profile import load_cost_profile
 from model_executor.exceptions import RowsUnavailableError, TablesMismatchError
-from model_executor.host_store import HostStore, MemoryMappedTables
+from model_executor.host_store import HOST_NUMBER_BYTES, HostStore, MemoryMappedTables
 from model_executor.memory_ledger import activation_bound
 from model_executor.model_config import ModelConfig
 from model_executor.model_runner import ModelRunner
@@ -111,6 +111,7 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     _log_capabilities(served)
     processor = served.input_processor(new_user_key())
     _warm_up(served, processor, runner, rules)
+    runner.loader.forget_traffic()
     poisons = config.poison_freed_memory
     if poisons:
         runner.arena.poison()
@@ -122,6 +123,7 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         poisons,
         _page_values(config.cost_profile, layout, table.num_rows),
         config.host_tier.refill,
+        HOST_NUMBER_BYTES * model_config.row_dim,
     )
     return LoadedEngine(served, runner, processor, EngineCore(scheduler, runner, clock))
 

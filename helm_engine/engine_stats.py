@@ -26,6 +26,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Share of the pool's pages that EMB holds, 0..1."""
     emb_fraction_target: float = 0.0
     """The share that was asked for."""
+    emb_fraction_reachable: float = 0.0
+    """What floors leave of it."""
     boundary_lag_pages: int = 0
     """Pages that EMB has yet to get; below 0: to give."""
     steps: int = 0
@@ -68,6 +70,7 @@ class EngineStats(msgspec.Struct, frozen=True):
             emb_cache_usage=scheduler.emb.usage,
             emb_fraction_committed=scheduler.pool.committed,
             emb_fraction_target=scheduler.boundary.target,
+            emb_fraction_reachable=scheduler.boundary.reachable,
             boundary_lag_pages=scheduler.boundary.lag_pages,
             steps=totals.steps,
             prefix_queries=totals.prefix_queries,

@@ -168,7 +168,11 @@ class EngineSupervisor:
                 if self._is_closed:
                     raise EngineUnavailableError(_STOPPED) from error
                 raise ReloadError(f"the model was not replaced: {error}", "model_dir") from error
-            self.config = config
+            # Somebody may have moved the boundary while it warmed up.
+            wanted = self.config.pool.emb_fraction
+            if wanted != config.pool.emb_fraction:
+                await engine.client.set_target(wanted)
+            self.config = replace(self.config, model_dir=config.model_dir)
             self.num_reloads += 1
             self._replace(engine)
             return engine.served

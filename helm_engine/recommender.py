@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from block_manager.pool_layout import PoolConfig
 from helm_engine.clock import SystemClock
@@ -73,6 +73,17 @@ class Recommender:
         self.config = config
         self._clock = SystemClock()
         self.engine = load_engine(config, self._clock)
+
+    def close(self) -> None:
+        """Ends the thread that fills the pool in the background; nothing may be asked after it."""
+        self.engine.runner.close()
+
+    def __enter__(self) -> Self:
+        """Closed at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all reusable KV; False, and nothing done, while a stream is being answered."""

@@ -412,13 +412,14 @@ class Scheduler:
         elif isinstance(scheduled.task, Retrieval):
             request.retrieved = output.retrieved[request.request_id]
 
-    def fail_step(self, step: SchedulerOutput, error: HelmError) -> None:
+    def fail_step(self, step: SchedulerOutput, error: HelmError, moves_made: bool = False) -> None:
         """A step could not be carried out: its requests fail, its row plan is undone.
 
-        Nobody knows how far it came, so rows that it was to move are taken for lost.
+        Unless it is known that its moves were made, rows that it was to move are taken for lost.
         """
         self.emb.abandon(step.rows)
-        self.emb.forget(step.moves)
+        if not moves_made:
+            self.emb.forget(step.moves)
         if step.refill is not None:
             self.emb.abandon_refill(step.refill)
         for scheduled in step.requests:
@@ -467,6 +468,7 @@ def build_scheduler(
     track_dead: bool = False,
     page_values: PageValueEstimator | None = None,
     refill: RefillConfig | None = None,
+    host_row_bytes: int | None = None,
 ) -> Scheduler:
     """Builds the pool's books and the scheduler over them."""
     pool = PagePool(layout)
@@ -486,7 +488,7 @@ def build_scheduler(
         KVCacheManager(blocks, layout.block_tokens),
         emb,
         boundary,
-        RefillPlanner(emb, boundary, RefillThrottle(refill), layout.row_bytes),
+        RefillPlanner(emb, boundary, RefillThrottle(refill), host_row_bytes or layout.row_bytes),
         rules,
         page_values,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from itertools import count
 
 import torch
 
@@ -26,7 +25,6 @@ class BackgroundRefill:
         self._rows = rows
         self._device = device
         self._dtype = dtype
-        self._tickets = count()
         self._plan: RefillPlan | None = None
         self._num_landed = 0
         self._has_failed = False
@@ -34,9 +32,15 @@ class BackgroundRefill:
         self._failed: RefillPlan | None = None
 
     def begin(self, plan: RefillPlan) -> None:
-        """Begins to read the plan's rows; the refill before has been taken."""
-        self._plan, self._num_landed, self._has_failed = plan, 0, False
-        self._loader.start_refill(next(self._tickets), plan.row_ids)
+        """Begins to read the plan's rows; the refill before has been taken. Raises nothing."""
+        try:
+            self._loader.start_refill(plan.row_ids)
+        except RuntimeError:
+            # No thread is to be had, say. The step that planned it has done its work.
+            logger.exception("a refill cannot begin")
+            self._failed = plan
+        else:
+            self._plan, self._num_landed, self._has_failed = plan, 0, False
 
     def write_landed(self) -> None:
         """Copies what has landed since the last call to its slots."""
@@ -60,9 +64,14 @@ class BackgroundRefill:
         assert self._plan is not None
         first, self._num_landed = self._num_landed, self._num_landed + len(landed.row_ids)
         if landed.rows is None:
-            if not self._has_failed:
-                logger.warning("rows that were to be refilled are not to be had: %s", landed.error)
+            # The host tier itself says so aloud.
+            logger.debug("rows that were to be refilled are not to be had: %s", landed.error)
             self._has_failed = True
             return
-        slots = to_device(self._plan.slots[first : self._num_landed], self._device)
-        self._rows.write(slots, torch.from_numpy(landed.rows).to(self._device, self._dtype))
+        try:
+            slots = to_device(self._plan.slots[first : self._num_landed], self._device)
+            self._rows.write(slots, torch.from_numpy(landed.rows).to(self._device, self._dtype))
+        except RuntimeError:
+            # What is not written must not be committed; the step that meets this may go on.
+            logger.exception("rows of a refill could not be written")
+            self._has_failed = True

@@ -16,6 +16,6 @@ class Executor(Protocol):
         Raises:
             RowsUnavailableError: the host tier could not deliver rows. No request of the step
                 got a result, none of its rows may be counted as resident and its refill has not
-                begun.
+                begun; its moves were made.
         """
         ...

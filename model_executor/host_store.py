@@ -8,6 +8,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+HOST_NUMBER_BYTES = 4
+"""Rows are float32 there, whatever the device keeps."""
+
 
 class HostStore(Protocol):
     """Source of embedding rows."""

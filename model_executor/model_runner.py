@@ -15,7 +15,7 @@ from block_manager.row_plan import RowPlan
 from model_executor.attention.backend import AttentionBackend
 from model_executor.background_refill import BackgroundRefill
 from model_executor.device_memory import DeviceMemory
-from model_executor.host_store import HostStore
+from model_executor.host_store import HOST_NUMBER_BYTES, HostStore
 from model_executor.models.heads import RetrievalHead
 from model_executor.models.sequence_model import RankingModel, RetrievalModel, SequenceModel
 from model_executor.page_arena import PageArena
@@ -90,7 +90,7 @@ class ModelRunner:
             if max_retrieval_matrix_bytes and isinstance(model, RetrievalModel)
             else None
         )
-        self.loader = RowLoader(table, 4 * model.config.row_dim)
+        self.loader = RowLoader(table, HOST_NUMBER_BYTES * model.config.row_dim)
         self._refill = BackgroundRefill(self.loader, self.arena.rows, device, self._dtype)
         self._layout = layout
         self._attention = attention
@@ -98,6 +98,10 @@ class ModelRunner:
         # Nothing here asks for gradients, so nothing is recorded: to enter torch's inference mode
         # for each step would take longer than it spares.
         model.requires_grad_(False)
+
+    def close(self) -> None:
+        """Ends the thread that reads refills, after what it reads; no step may follow."""
+        self.loader.close()
 
     @property
     def memory(self) -> DeviceMemory:
@@ -140,6 +144,7 @@ class ModelRunner:
 
     def _ended(self, step: SchedulerOutput, output: ModelOutput) -> ModelOutput:
         """Nothing of the step can fail any more: its refill begins, the one before is reported."""
+        self._refill.write_landed()
         refilled, failed = self._refill.take_ended()
         if step.refill is not None:
             self._refill.begin(step.refill)
@@ -176,15 +181,12 @@ class ModelRunner:
     def _load_rows(self, plan: RowPlan) -> Int64Array:
         """Copies the missing rows to the device; returns the address of every row of the plan."""
         admitted, staged = plan.admitted, plan.staged
-        if len(admitted):
-            self.arena.rows.write(
-                to_device(plan.slots[admitted], self._device),
-                self._fetch(plan.row_ids[admitted]),
-            )
-        if len(staged):
-            self.arena.write_staging(
-                to_device(plan.staging[staged], self._device), self._fetch(plan.row_ids[staged])
-            )
+        if len(admitted) or len(staged):
+            # One read, and one round trip, for both.
+            rows = self._fetch(plan.row_ids[np.concatenate([admitted, staged])])
+            slots, places = plan.slots[admitted], plan.staging[staged]
+            self.arena.rows.write(to_device(slots, self._device), rows[: len(slots)])
+            self.arena.write_staging(to_device(places, self._device), rows[len(slots) :])
         return self.arena.addresses(plan.slots, plan.staging)
 
     def _fetch(self, row_ids: Int64Array) -> Tensor:

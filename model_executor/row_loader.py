@@ -31,8 +31,6 @@ behind it can be late."""
 class LandedRows:
     """A part of a refill that is over, for better or worse."""
 
-    ticket: int
-    """Of the refill, as `start_refill` was told."""
     row_ids: Int64Array
     """[n]"""
     rows: Float32Array | None
@@ -54,11 +52,14 @@ class RowLoader:
         # What follows is guarded by it.
         self._demand_reads = 0
         self._waiting: deque[Int64Array] = deque()
-        self._ticket = 0
         self._reading = False
         self._landed: list[LandedRows] = []
         self._closed = False
         self._thread: threading.Thread | None = None
+
+    def forget_traffic(self) -> None:
+        """Counts from 0 again: a warm-up is not to be seen."""
+        self.traffic = HostTraffic()
 
     def load(self, row_ids: Int64Array) -> Float32Array:
         """Rows that a running step needs (int64 [n]): float32 [n, D].
@@ -86,25 +87,26 @@ class RowLoader:
         with self._state:
             return self._reading or bool(self._waiting)
 
-    def start_refill(self, ticket: int, row_ids: Int64Array) -> None:
+    def start_refill(self, row_ids: Int64Array) -> None:
         """Begins to read rows (int64 [n]) in the background, in this order.
 
         Every one of them lands once, with its values or with an error.
 
         Raises:
-            RuntimeError: the refill before is not over, or the loader is closed.
+            RuntimeError: the refill before is not over, the loader is closed, or no thread can be
+                started.
         """
         with self._state:
             if self._closed:
                 raise RuntimeError("the loader is closed")
             if self._reading or self._waiting:
-                raise RuntimeError(f"refill {self._ticket} has not landed yet")
-            self._ticket = ticket
+                raise RuntimeError("the refill before has not landed yet")
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="refill", daemon=True)
+                thread.start()
+                self._thread = thread
             for first in range(0, len(row_ids), self._chunk_rows):
                 self._waiting.append(row_ids[first : first + self._chunk_rows].copy())
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="refill", daemon=True)
-                self._thread.start()
             self._state.notify_all()
 
     def take_landed(self) -> list[LandedRows]:
@@ -136,25 +138,25 @@ class RowLoader:
                 )
                 if self._closed:
                     return
-                row_ids, ticket = self._waiting.popleft(), self._ticket
+                row_ids = self._waiting.popleft()
                 self._reading = True
-            landed = self._read(ticket, row_ids)
+            landed = self._read(row_ids)
             with self._state:
                 self._landed.append(landed)
                 if landed.error is not None and self._waiting:
                     # The rest would fail too, each after its own time-out.
                     rest = np.concatenate(list(self._waiting))
-                    self._landed.append(LandedRows(ticket, rest, None, landed.error))
+                    self._landed.append(LandedRows(rest, None, landed.error))
                     self._waiting.clear()
                 self._reading = False
 
-    def _read(self, ticket: int, row_ids: Int64Array) -> LandedRows:
+    def _read(self, row_ids: Int64Array) -> LandedRows:
         try:
-            return LandedRows(ticket, row_ids, self._store.read_rows(row_ids))
+            return LandedRows(row_ids, self._store.read_rows(row_ids))
         except RowsUnavailableError as error:
-            return LandedRows(ticket, row_ids, None, error)
+            return LandedRows(row_ids, None, error)
         except Exception as error:
             # Nobody asked for these rows: whatever it is, no request may fail of it.
             failure = RowsUnavailableError(f"refill failed: {error!r}")
             failure.__cause__ = error
-            return LandedRows(ticket, row_ids, None, failure)
+            return LandedRows(row_ids, None, failure)

@@ -8,6 +8,7 @@ import numpy as np
 
 from block_manager.row_plan import RefillPlan
 from model_executor.cost_profile import CostProfile
+from model_executor.row_loader import CHUNK_ROWS
 from model_executor.step import (
     CandidateScoring,
     ModelOutput,
@@ -15,9 +16,6 @@ from model_executor.step import (
     SchedulerOutput,
     StepTimings,
 )
-
-REFILL_CHUNK_ROWS = 64
-"""Rows of a refill that are on the link at once: what a demand miss may have to wait for."""
 
 
 class MovableClock(Protocol):
@@ -94,7 +92,7 @@ class SimulatedExecutor:
 
     def _wait_for_link(self, step: SchedulerOutput) -> float:
         """Milliseconds until the chunk of a refill that is on the link is through."""
-        chunk_ms = self._profile.row_miss_ms * REFILL_CHUNK_ROWS
+        chunk_ms = self._profile.row_miss_ms * CHUNK_ROWS
         if self._refill is None or step.rows.resident.all() or not chunk_ms:
             return 0.0
         left = self._refill_ms - self._refill_done_ms

@@ -65,7 +65,9 @@ class BoundaryState(BaseModel):
     """Answer of `PUT` and `GET /v1/admin/boundary`: shares of the pool's pages, 0..1."""
 
     target: float
-    """Asked for; floors may forbid to reach it."""
+    """Asked for."""
+    reachable: float
+    """What floors leave of it."""
     committed: float
     """Held by embedding rows now."""
     lag_pages: int
@@ -125,6 +127,7 @@ def _boundary(request: Request) -> BoundaryState:
     stats = request.app.state.recommender.supervisor.engine.client.stats
     return BoundaryState(
         target=stats.emb_fraction_target,
+        reachable=stats.emb_fraction_reachable,
         committed=stats.emb_fraction_committed,
         lag_pages=stats.boundary_lag_pages,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from http.client import HTTPException
 from typing import Annotated, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ Examples:
 
 _ANSWER_SECONDS = 10.0
 _POLL_SECONDS = 0.1
+_FIELDS = {"target", "reachable", "committed", "lag_pages"}
 
 
 def boundary(
@@ -50,8 +52,8 @@ def boundary(
         time.sleep(_POLL_SECONDS)
         state = _ask(address, admin_key, None)
     print(
-        f"target {state['target']:.3f}, committed {state['committed']:.3f}, "
-        f"lag {state['lag_pages']} pages"
+        f"target {state['target']:.3f}, reachable {state['reachable']:.3f}, "
+        f"committed {state['committed']:.3f}, lag {state['lag_pages']} pages"
     )
     if wait and state["lag_pages"]:
         raise CommandError(f"{abs(state['lag_pages'])} pages have not moved within {wait:g} s")
@@ -65,10 +67,13 @@ def _ask(address: str, admin_key: str, body: dict[str, float] | None) -> dict[st
     request = Request(address, data, headers, method="GET" if body is None else "PUT")
     try:
         with urlopen(request, timeout=_ANSWER_SECONDS) as answer:
-            return dict(json.load(answer))
+            state = json.load(answer)
+        if not isinstance(state, dict) or not state.keys() >= _FIELDS:
+            raise CommandError(f"{address}: this is no answer of a HELM Engine")
+        return state
     except HTTPError as error:
         raise CommandError(f"the server refused: {_message(error)}") from error
-    except (URLError, OSError, ValueError) as error:
+    except (URLError, HTTPException, OSError, ValueError) as error:
         raise CommandError(f"{address}: {getattr(error, 'reason', error)}") from error
 
 

@@ -233,3 +233,27 @@ def test_self_check_finds_a_slot_that_is_free_and_occupied() -> None:
     cache._free.put(cache.lookup(np.array([1])))
     with pytest.raises(IntegrityError, match="are not all slots"):
         cache.check_integrity()
+
+
+# ---------------------------------------------------------------- refill
+
+
+def test_the_hottest_absent_rows_are_refilled_first() -> None:
+    cache = EmbeddingCache(np.array([], dtype=np.int64), ROWS_PER_PAGE, 200, num_pages=20)
+    warm, hot = np.arange(100), np.arange(150, 154)
+    cache.commit(cache.plan(warm, np.full(100, 2)))
+    cache.commit(cache.plan(hot, np.full(4, 60)))
+    cache.grow(np.arange(16))
+    order = []
+    while (refill := cache.plan_refill(4)) is not None or cache.wants_refill:
+        if refill is not None:
+            order += refill.row_ids.tolist()
+            cache.commit_refill(refill)
+        cache.check_integrity()
+    assert sorted(order[:4]) == hot.tolist()
+    assert len(order) == len(set(order)) <= 16 * ROWS_PER_PAGE
+
+
+def test_more_slots_than_the_index_can_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^rows_per_page: 2147483648 slots are more than"):
+        EmbeddingCache(np.array([], dtype=np.int64), 1 << 11, 10, num_pages=1 << 20)

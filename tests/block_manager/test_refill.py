@@ -21,7 +21,7 @@ LINK = RefillConfig(
     link_bytes_per_s=1000.0,
     margin_bytes_per_s=100.0,
     mark_bytes_per_s=700.0,
-    chunk_bytes=300,
+    burst_bytes=300,
     decay_s=0.5,
 )
 
@@ -42,7 +42,7 @@ class SlowBucket:
             rate = max(0.0, min(config.cap_bytes_per_s, left - config.margin_bytes_per_s))
             if self.demand > config.mark_bytes_per_s:
                 rate = 0.0
-            self.tokens = min(config.chunk_bytes, self.tokens + rate * self.STEP_S)
+            self.tokens = min(config.burst_bytes, self.tokens + rate * self.STEP_S)
             self.demand -= self.demand * self.STEP_S / config.decay_s
             self.onboarding -= self.onboarding * self.STEP_S / config.decay_s
 
@@ -61,7 +61,7 @@ CONFIGS = st.builds(
     link_bytes_per_s=st.sampled_from([50.0, 1000.0, math.inf]),
     margin_bytes_per_s=st.sampled_from([0.0, 100.0]),
     mark_bytes_per_s=st.sampled_from([0.0, 300.0, math.inf]),
-    chunk_bytes=st.sampled_from([1, 300, 100_000]),
+    burst_bytes=st.sampled_from([1, 300, 100_000]),
     decay_s=st.sampled_from([0.2, 1.0]),
 )
 
@@ -118,10 +118,10 @@ def test_refill_never_gets_more_than_the_cap_and_one_chunk(
             throttle.count_foreground(traffic, num_bytes, now)
         now += pause
         allowed = throttle.available(now)
-        assert 0 <= allowed <= config.chunk_bytes
+        assert 0 <= allowed <= config.burst_bytes
         throttle.spend(allowed, now)
         taken += allowed
-        assert taken <= config.cap_bytes_per_s * now + config.chunk_bytes + 1e-6
+        assert taken <= config.cap_bytes_per_s * now + config.burst_bytes + 1e-6
         assert throttle.available(now) == 0
 
 
@@ -138,12 +138,12 @@ def test_hand_worked_rates() -> None:
 
 
 def test_hand_worked_tokens_of_a_rest_and_of_a_rising_rate() -> None:
-    wide = replace(LINK, link_bytes_per_s=10_000.0, mark_bytes_per_s=300.0, chunk_bytes=100_000)
+    wide = replace(LINK, link_bytes_per_s=10_000.0, mark_bytes_per_s=300.0, burst_bytes=100_000)
     throttle = RefillThrottle(wide, 0.0)
     throttle.count_foreground(DEMAND, 300, 0.0)
     # 600 a second are above the mark for 0.5 ln 2 seconds; then 400 a second are gained.
     assert throttle.available(1.0) == int(400 * (1 - 0.5 * math.log(2)))
-    narrow = RefillConfig(2000.0, 1000.0, chunk_bytes=100_000, decay_s=0.5)
+    narrow = RefillConfig(2000.0, 1000.0, burst_bytes=100_000, decay_s=0.5)
     throttle = RefillThrottle(narrow, 0.0)
     throttle.count_foreground(ONBOARDING, 500, 0.0)
     # The integral of 1,000 (1 - exp(-2 t)) over a second.
@@ -199,7 +199,7 @@ def test_refill_is_no_foreground() -> None:
         ("link_bytes_per_s", 0.0),
         ("margin_bytes_per_s", -1.0),
         ("mark_bytes_per_s", -1.0),
-        ("chunk_bytes", 0),
+        ("burst_bytes", 0),
         ("decay_s", 0.0),
     ],
 )

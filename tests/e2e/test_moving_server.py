@@ -185,9 +185,6 @@ def test_the_command_moves_the_boundary_and_floors_hold(monkeypatch: pytest.Monk
     with running_server(BUNDLED_MODEL, *SMALL_POOL, "--emb-fraction", "0.2") as server:
         done = boundary(server.address, "--emb-fraction", "0.6", "--wait", "20")
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("target 0.600, committed 0.6") or done.stdout.startswith(
-            "target 0.600, committed 0.59"
-        )
         assert done.stdout.endswith("lag 0 pages\n")
         # All of it: KV keeps the blocks of one longest history, and requests are answered.
         assert boundary(server.address, "--emb-fraction", "1", "--wait", "20").returncode == 0

@@ -98,7 +98,10 @@ class CheckingExecutor(SimulatedExecutor):
             self.memory.write_rows(step.rows.slots[admitted], step.rows.row_ids[admitted])
         if breaks:
             self.num_failed += 1
-            raise RowsUnavailableError("the host tier is down, as it was to be")
+            if phase > 1:
+                raise RowsUnavailableError("the host tier is down, as it was to be")
+            # Nobody is told how far this step came.
+            raise RuntimeError("the device is broken, as it was to be")
         self._compute(step)
         output = super().execute(step)
         if output.refilled is not None and self._rng.random() < self._failing:

@@ -108,11 +108,10 @@ def test_every_row_of_a_refill_lands_once_in_order_or_with_an_error(
     )
     loader = RowLoader(store, ROW_BYTES, chunk_rows)
     num_bytes = 0
-    for ticket, wanted in enumerate(refills):
-        loader.start_refill(ticket, ids(*wanted))
+    for wanted in refills:
+        loader.start_refill(ids(*wanted))
         landed = all_landed(loader)
         assert [row for one in landed for row in one.row_ids.tolist()] == wanted
-        assert {one.ticket for one in landed} <= {ticket}
         for place, one in enumerate(landed):
             if one.rows is None:
                 assert "broken" in str(one.error)
@@ -136,7 +135,7 @@ def test_no_chunk_is_begun_while_a_demand_read_is_in_progress(
     demand = threading.Thread(target=loader.load, args=(ids(1),))
     demand.start()
     assert held_up.wait(WAIT_SECONDS)
-    loader.start_refill(1, np.arange(200))
+    loader.start_refill(np.arange(200))
     # Not a proof, but time enough for a chunk to be begun if it could be.
     time.sleep(0.05)
     assert store.reads == [("demand", 1)]
@@ -150,7 +149,7 @@ def test_a_demand_read_does_not_wait_for_the_chunk_that_is_being_read(
     loader: RowLoader, store: Store
 ) -> None:
     held_up = store.hold("refill")
-    loader.start_refill(1, np.arange(200))
+    loader.start_refill(np.arange(200))
     assert held_up.wait(WAIT_SECONDS)
     np.testing.assert_array_equal(loader.load(ids(5)), TABLE[[5]])
     assert store.reads == [("refill", 64), ("demand", 1)]
@@ -161,7 +160,7 @@ def test_a_demand_read_does_not_wait_for_the_chunk_that_is_being_read(
 @pytest.mark.parametrize(("row_bytes", "rows"), [(16, 64), (8192, 32), (CHUNK_BYTES * 2, 1)])
 def test_chunks_are_bounded_in_rows_and_bytes(store: Store, row_bytes: int, rows: int) -> None:
     loader = RowLoader(store, row_bytes)
-    loader.start_refill(1, np.arange(64))
+    loader.start_refill(np.arange(64))
     all_landed(loader)
     loader.close()
     assert store.reads == [("refill", rows)] * (64 // rows)
@@ -169,27 +168,27 @@ def test_chunks_are_bounded_in_rows_and_bytes(store: Store, row_bytes: int, rows
 
 def test_one_refill_at_a_time(loader: RowLoader, store: Store) -> None:
     store.hold("refill")
-    loader.start_refill(1, ids(1, 2))
-    with pytest.raises(RuntimeError, match="refill 1 has not landed"):
-        loader.start_refill(2, ids(3))
+    loader.start_refill(ids(1, 2))
+    with pytest.raises(RuntimeError, match="has not landed yet"):
+        loader.start_refill(ids(3))
     store.gates["refill"].set()
-    assert [one.ticket for one in all_landed(loader)] == [1]
-    loader.start_refill(2, ids(3))
-    assert [one.ticket for one in all_landed(loader)] == [2]
+    assert len(all_landed(loader)) == 1
+    loader.start_refill(ids(3))
+    assert len(all_landed(loader)) == 1
 
 
 def test_whatever_goes_wrong_in_a_refill_lands_and_the_next_one_works(
     loader: RowLoader, store: Store
 ) -> None:
     store.failing = lambda row_ids: ZeroDivisionError("a bug")
-    loader.start_refill(1, np.arange(100))
+    loader.start_refill(np.arange(100))
     landed = all_landed(loader)
     assert [len(one.row_ids) for one in landed] == [64, 36]
     assert all("a bug" in str(one.error) for one in landed)
     assert loader.traffic.num_failures(REFILL) == 2
     store.failing = lambda row_ids: None
     np.testing.assert_array_equal(loader.load(ids(9)), TABLE[[9]])
-    loader.start_refill(2, ids(8))
+    loader.start_refill(ids(8))
     (one,) = all_landed(loader)
     np.testing.assert_array_equal(one.rows, TABLE[[8]])
 
@@ -197,7 +196,7 @@ def test_whatever_goes_wrong_in_a_refill_lands_and_the_next_one_works(
 def test_rows_asked_for_may_be_changed_afterwards(loader: RowLoader, store: Store) -> None:
     store.hold("refill")
     wanted = np.arange(100)
-    loader.start_refill(1, wanted)
+    loader.start_refill(wanted)
     wanted[:] = 0
     store.gates["refill"].set()
     assert [row for one in all_landed(loader) for row in one.row_ids] == list(range(100))
@@ -206,7 +205,7 @@ def test_rows_asked_for_may_be_changed_afterwards(loader: RowLoader, store: Stor
 def test_a_closed_loader_reads_no_further_chunk(store: Store) -> None:
     loader = RowLoader(store, ROW_BYTES)
     held_up = store.hold("refill")
-    loader.start_refill(1, np.arange(200))
+    loader.start_refill(np.arange(200))
     assert held_up.wait(WAIT_SECONDS)
     closing = threading.Thread(target=loader.close)
     closing.start()
@@ -215,7 +214,7 @@ def test_a_closed_loader_reads_no_further_chunk(store: Store) -> None:
     closing.join(WAIT_SECONDS)
     assert store.reads == [("refill", 64)]
     with pytest.raises(RuntimeError, match="closed"):
-        loader.start_refill(2, ids(1))
+        loader.start_refill(ids(1))
     loader.close()
 
 
