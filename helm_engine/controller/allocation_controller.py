@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from math import isfinite
 from typing import Protocol
+
+import msgspec
 
 from helm_engine.controller.burst_recovery import BurstRecovery
 from helm_engine.controller.controller_config import ControllerConfig
@@ -25,8 +26,7 @@ _VALID_PERIODS = 2.0
 """A rate is integrated for so many periods at most: after a pause nobody knows what it was for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """What came of one query of a policy, and why."""
 
     at: float
@@ -37,7 +37,7 @@ class Decision:
     """The split as it was then, 0..1."""
     rate: float = 0.0
     """What is integrated until the next query: shares of the pool per second."""
-    parts: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = {}
     """What each layer wants, -1..1 of the slew limit; the last one that speaks decides."""
     held: str | None = None
     """Why the committed split is held; None = it is not."""

@@ -14,6 +14,9 @@ from math import exp, sqrt
 from helm_engine.controller.controller_config import ControllerConfig
 from helm_engine.controller.observation import Observation
 
+_TAIL = 0.01
+"""Of the requests, those above P99."""
+
 
 @dataclass(frozen=True, slots=True)
 class BurstConfig:
@@ -23,12 +26,13 @@ class BurstConfig:
     """P99 above its average by so many of its standard deviations."""
     least_sigma: float = 0.05
     """Of the average: P99 of calm traffic wavers so much whatever was seen of it."""
-    sampling_sigma: float = 2.0
-    """P99 of n requests is known within this over the root of n, as a share: what order statistics
-    give for a log-normal latency of shape 0.5."""
+    tail_sigmas: float = 5.0
+    """More requests than one in a hundred are above the average P99, by so many standard
+    deviations of a Poisson number. It is the same test for latencies of every shape, while P99 of
+    few requests or of a heavy tail exceeds three sigma every few minutes."""
     average_s: float = 60.0
     """Seconds after which a P99 counts 1 / e in the average."""
-    settle_s: float = 30.0
+    settle_s: float = 45.0
     """Nothing fires before so much was seen."""
     jump: float = 1.5
     """Arrivals above the usual rate by this factor,"""
@@ -100,17 +104,26 @@ class BurstRecovery:
             return base
         return base * config.stages[self.stage - 2]
 
-    def _sigma(self, observation: Observation) -> float:
+    def _sigma(self) -> float:
         """Milliseconds that P99 wavers without a reason."""
-        config = self._config
-        sampled = config.sampling_sigma / sqrt(max(1.0, observation.num_requests))
-        return max(sqrt(self._variance), max(config.least_sigma, sampled) * self._average)
+        return max(sqrt(self._variance), self._config.least_sigma * self._average)
 
     def _is_burst(self, observation: Observation) -> bool:
         if self._seen_s < self._config.settle_s:
             return False
-        limit = self._average + self._config.sigmas * self._sigma(observation)
-        return observation.p99_ms > limit or self._is_jump(observation)
+        limit = self._average + self._config.sigmas * self._sigma()
+        is_slow = observation.p99_ms > limit
+        return (is_slow and self._has_tail(observation)) or self._is_jump(observation)
+
+    def _has_tail(self, observation: Observation) -> bool:
+        """Whether so many requests are slower than P99 was that it is no accident.
+
+        A faded sum of n requests varies as half of a Poisson number of mean 2 n, and the root of
+        such a number has the variance 1/4 (Anscombe, Biometrika 1948).
+        """
+        share = _share_above(self._average / observation.slo_ms, observation)
+        seen, expected = (2.0 * observation.num_requests * one + 0.375 for one in (share, _TAIL))
+        return 2.0 * (sqrt(seen) - sqrt(expected)) > self._config.tail_sigmas
 
     def _is_jump(self, observation: Observation) -> bool:
         config = self._config
@@ -124,7 +137,7 @@ class BurstRecovery:
             return True
         if passed < config.shortest_s:
             return False
-        calm = self._average + 0.5 * config.sigmas * self._sigma(observation)
+        calm = self._average + 0.5 * config.sigmas * self._sigma()
         return observation.p99_ms <= calm and not self._is_jump(observation)
 
     def _fire(self, observation: Observation, bounds: ControllerConfig) -> None:
@@ -167,3 +180,19 @@ class BurstRecovery:
         difference = p99_ms - self._average
         self._average += share * difference
         self._variance = (1.0 - share) * (self._variance + share * difference * difference)
+
+
+def _share_above(level: float, observation: Observation) -> float:
+    """Share of requests slower than a level (in service levels), between the known quantiles."""
+    slower, share = observation.p99_over_slo, _TAIL
+    for quantile, above in (
+        (observation.p95_over_slo, 0.05),
+        (observation.p90_over_slo, 0.1),
+        (observation.p50_over_slo, 0.5),
+    ):
+        if level >= quantile:
+            width = slower - quantile
+            part = max(0.0, slower - level) / width if width > 0.0 else 0.0
+            return share + part * (above - share)
+        slower, share = quantile, above
+    return share

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from math import exp, log2
 
-import numpy as np
-
 _MOST_WINDOWS = 64.0
 """Weights grow to e^64 before the landmark moves: far from the limits of a float."""
 
@@ -22,33 +20,45 @@ _NUM_BINS = 24 * BINS_PER_DOUBLING
 
 
 class DecayedHistogram:
-    """Milliseconds in bins of 4.4 %, to take quantiles of; weights are the caller's."""
+    """Milliseconds in bins of 4.4 %, to take quantiles of; weights are the caller's.
+
+    Lists and a walk from above: high quantiles are a few bins away from the largest value.
+    """
 
     def __init__(self) -> None:
-        self._weights = np.zeros(_NUM_BINS, dtype=np.float64)
+        self._weights = [0.0] * _NUM_BINS
+        self._total = 0.0
+        self._top = 0
+        """No bin above it holds anything."""
 
     def add(self, milliseconds: float, weight: float) -> None:
         """Counts one value."""
         place = int(BINS_PER_DOUBLING * log2(max(milliseconds, LEAST_MS) / LEAST_MS))
-        self._weights[min(place, _NUM_BINS - 1)] += weight
+        place = min(place, _NUM_BINS - 1)
+        self._weights[place] += weight
+        self._total += weight
+        self._top = max(self._top, place)
 
     def scale(self, factor: float) -> None:
         """Multiplies all weights."""
-        self._weights *= factor
+        self._weights = [factor * one for one in self._weights]
+        self._total = sum(self._weights)
 
     def quantile(self, share: float) -> float:
         """The value, in milliseconds, below which this share (0..1) lies; 0 where nothing is.
 
         It lies in the bin of the exact quantile.
         """
-        sums = np.cumsum(self._weights)
-        total = float(sums[-1])
-        if not total > 0.0:
+        if not self._total > 0.0:
             return 0.0
-        place = min(int(np.searchsorted(sums, share * total)), _NUM_BINS - 1)
-        inside = float(self._weights[place])
-        part = 1.0 if not inside else 1.0 - (float(sums[place]) - share * total) / inside
-        return float(LEAST_MS * 2.0 ** ((place + min(1.0, max(0.0, part))) / BINS_PER_DOUBLING))
+        above = (1.0 - share) * self._total
+        place = self._top
+        while above > self._weights[place] and place:
+            above -= self._weights[place]
+            place -= 1
+        inside = self._weights[place]
+        part = 1.0 - min(1.0, above / inside) if inside else 0.0
+        return float(LEAST_MS * 2.0 ** ((place + part) / BINS_PER_DOUBLING))
 
 
 class DecayedWindow:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from helm_engine.controller.allocation_controller import Decision
 
@@ -60,7 +61,7 @@ def describe(decision: Decision) -> dict[str, Any]:
         "held": decision.held,
         "observation": None
         if seen is None
-        else {one.name: _number(getattr(seen, one.name)) for one in fields(seen)},
+        else {name: _number(value) for name, value in msgspec.structs.asdict(seen).items()},
     }
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from math import isfinite, log2
-from operator import attrgetter
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -13,8 +12,8 @@ HALF_SAMPLES = 100.0
 """So many samples make a confidence of one half in the vector."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observation:
+# A struct is built in a tenth of the time of a frozen dataclass, and one is built for each query.
+class Observation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """An engine as of one moment; what is a mean fades, see `WindowConfig`.
 
     The seven after the clock are the state of the HELM paper's controller (Yu, Han and Zhou, arXiv
@@ -71,6 +70,10 @@ class Observation:
 
     num_pages: int = 1
     """Pages of the pool; makes the worth of a page comparable between pools."""
+    p50_over_slo: float = 0.0
+    """Other quantiles of the latency, likewise in service levels."""
+    p90_over_slo: float = 0.0
+    p95_over_slo: float = 0.0
     mean_latency_ms: float = 0.0
     """From arrival to end."""
     slo_ms: float = 1.0
@@ -79,7 +82,7 @@ class Observation:
     @property
     def is_finite(self) -> bool:
         """Whether every field is a number."""
-        return all(map(isfinite, _all_fields(self)))
+        return all(map(isfinite, msgspec.structs.astuple(self)))
 
     @property
     def p99_ms(self) -> float:
@@ -130,8 +133,6 @@ class Observation:
             dtype=np.float32,
         )
 
-
-_all_fields = attrgetter(*(one.name for one in fields(Observation)))
 
 FEATURES = (
     "hot_user_share",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from helm_engine.controller.allocation_controller import AdaptiveController
 from helm_engine.controller.baselines import (
@@ -26,6 +25,18 @@ from tests.helm_engine.test_scheduler import Simulation, make_request
 SEEN = Observation(
     num_requests=500.0, slo_ms=80.0, emb_fraction=0.5, p99_over_slo=1.0, num_pages=1000
 )
+
+
+def slower(factor: float) -> dict[str, float]:
+    """All latencies are larger."""
+    return {
+        "p50_over_slo": 0.4 * factor,
+        "p90_over_slo": 0.6 * factor,
+        "p95_over_slo": 0.8 * factor,
+        "p99_over_slo": factor,
+    }
+
+
 BOUNDS = ControllerConfig()
 
 
@@ -60,7 +71,7 @@ def test_set_points_look_at_one_tenant_alone(is_kv: bool, hits: float, rate: flo
     policy = SetPointPolicy(is_kv=is_kv, mark=0.9)
     own, other = ("kv_hit_rate", "emb_hit_rate") if is_kv else ("emb_hit_rate", "kv_hit_rate")
     for others in (0.0, 1.0):
-        seen = replace(SEEN, **{own: hits, other: others})  # type: ignore[arg-type]
+        seen = replace(SEEN, **{own: hits, other: others})
         assert policy.rate(seen) == pytest.approx(rate)
 
 
@@ -128,7 +139,7 @@ class GrowsLate:
 def after_calm(config: BurstConfig | None = None) -> BurstRecovery:
     recovery = BurstRecovery(config)
     for now in range(60):
-        rate = recovery.rate(replace(SEEN, now=float(now)), 0.6, 0.5, BOUNDS)
+        rate = recovery.rate(replace(SEEN, **slower(1.0), now=float(now)), 0.6, 0.5, BOUNDS)
         assert (rate, recovery.stage, recovery.stops_refill) == (0.6, 0, False)
     return recovery
 
@@ -136,9 +147,10 @@ def after_calm(config: BurstConfig | None = None) -> BurstRecovery:
 @pytest.mark.parametrize(
     ("burst", "fires"),
     [
-        ({"p99_over_slo": 1.5}, True),
-        ({"p99_over_slo": 1.2}, False),
-        ({"p99_over_slo": 1.5, "num_requests": 20.0}, False),  # P99 of few says little.
+        (slower(1.5), True),
+        (slower(1.1), False),
+        ({**slower(1.0), "p99_over_slo": 3.0, "num_requests": 50.0}, False),  # An outlier of few.
+        ({**slower(3.0), "num_requests": 50.0}, True),
         ({"arrival_jump": 2.0, "arrival_jump_sigmas": 8.0}, True),
         ({"arrival_jump": 1.2, "arrival_jump_sigmas": 8.0}, False),
         ({"arrival_jump": 3.0, "arrival_jump_sigmas": 3.0}, False),
@@ -146,7 +158,7 @@ def after_calm(config: BurstConfig | None = None) -> BurstRecovery:
 )
 def test_what_is_taken_for_a_burst(burst: dict[str, float], fires: bool) -> None:
     recovery = after_calm()
-    recovery.rate(replace(SEEN, now=60.0, **burst), 0.6, 0.5, BOUNDS)  # type: ignore[arg-type]
+    recovery.rate(replace(SEEN, **{**slower(1.0), **burst}, now=60.0), 0.6, 0.5, BOUNDS)
     assert (recovery.num_fired, recovery.stops_refill) == (int(fires), fires)
 
 
@@ -167,7 +179,7 @@ def test_a_burst_is_answered_half_way_and_handed_back_in_stages(
     split, stages, during = 0.5, [], 0.0
     for now in range(100):
         p99 = 3.0 if 50 <= now < 60 else 1.0
-        seen = replace(SEEN, p99_over_slo=p99, emb_fraction=split, now=float(now), **changes)  # type: ignore[arg-type]
+        seen = replace(SEEN, **slower(p99), **changes, emb_fraction=split, now=float(now))
         target = controller.decide(float(now), split, lambda _, seen=seen: seen)  # type: ignore[misc]
         split = target
         during = split if now == 60 else during
@@ -186,35 +198,50 @@ def test_it_ends_on_its_own_where_the_burst_does_not() -> None:
     recovery = after_calm()
     rates = []
     for now in range(60, 200):
-        seen = replace(SEEN, now=float(now), p99_over_slo=5.0, hot_user_share=0.9)
+        seen = replace(SEEN, now=float(now), **slower(5.0), hot_user_share=0.9)
         rates.append(recovery.rate(seen, 0.6, 0.5, BOUNDS))
     # 30 s and two stages of 5 s; then that is the usual, and nothing fires again.
     assert rates[40:] == [0.6] * 100
     assert (recovery.num_fired, recovery.stage) == (1, 0)
 
 
-def steady_hour(rate: float, shape: float, seed: int) -> int:
-    """Bursts that an hour of Poisson arrivals with log-normal latencies is taken for."""
+def fired_at(
+    rate: float, shape: float, seed: int, seconds: int, slow: float, many: float
+) -> list[int]:
+    """Seconds at which Poisson arrivals with log-normal latencies are taken for a burst.
+
+    In the last ten, latencies are `slow` and arrivals `many` times what they were.
+    """
     rng = np.random.default_rng(seed)
     collector = ObservationCollector(Simulation().scheduler, 80.0, 0.0)
     recovery = BurstRecovery()
     request = make_request("r", 3)
     request.status, request.user_tag = RequestStatus.FINISHED, 1
-    for second in range(3600):
-        number = int(rng.poisson(rate))
+    found: list[int] = []
+    for second in range(seconds):
+        bursts = second >= seconds - 10
+        number = int(rng.poisson(rate * (many if bursts else 1.0)))
         ends = np.sort(second + rng.random(number))
-        latencies = np.exp(rng.normal(-3.0, shape, number))
+        latencies = (slow if bursts else 1.0) * np.exp(rng.normal(-3.0, shape, number))
         for end, latency in zip(ends.tolist(), latencies.tolist(), strict=True):
             request.arrival = end - latency
             request.first_scheduled = end
             collector.observe_arrival(end)
             collector.observe_ended([request], end)
-        seen = replace(collector.observe(second + 1.0), hot_user_share=0.5)
+        seen = collector.observe(second + 1.0)
         if seen.num_requests:
             recovery.rate(seen, 0.0, 0.5, BOUNDS)
-    return recovery.num_fired
+        found += [second] * (recovery.num_fired - len(found))
+    return found
 
 
-@pytest.mark.parametrize(("rate", "shape"), [(10.0, 0.4), (60.0, 0.5), (60.0, 0.25)])
-def test_steady_traffic_is_no_burst(rate: float, shape: float) -> None:
-    assert steady_hour(rate, shape, seed=4) <= 1
+@pytest.mark.parametrize(("rate", "shape"), [(10.0, 0.5), (60.0, 0.8), (60.0, 0.25)])
+def test_an_hour_of_steady_traffic_is_no_burst(rate: float, shape: float) -> None:
+    assert len(fired_at(rate, shape, seed=4, seconds=3600, slow=1.0, many=1.0)) <= 1
+
+
+@pytest.mark.parametrize(("slow", "many"), [(3.0, 1.0), (1.0, 3.0), (2.0, 2.0)])
+@pytest.mark.parametrize("rate", [20.0, 100.0])
+def test_a_burst_is_noticed_within_seconds(rate: float, slow: float, many: float) -> None:
+    (second,) = fired_at(rate, 0.4, seed=5, seconds=120, slow=slow, many=many)
+    assert 110 <= second <= 113
