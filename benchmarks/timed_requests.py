@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from helm_engine.clock import VirtualClock
 from helm_engine.engine_core import EngineCore
 from helm_engine.engine_messages import AddRequest
@@ -83,11 +81,6 @@ class Outcome:
         self.latencies_ms.append((now - due_at) * 1e3)
         if keep_scores and request.scores is not None:
             self.scores[request.request_id] = request.scores
-
-    def p99(self, since: float = 0.0, until: float = float("inf")) -> float:
-        """99th percentile of those that were due within, in milliseconds."""
-        due = np.array(self.due)
-        return float(np.percentile(np.array(self.latencies_ms)[(due >= since) & (due < until)], 99))
 
 
 def offer(
