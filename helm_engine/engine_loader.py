@@ -13,6 +13,7 @@ from block_manager.pool_layout import PoolLayout, plan_layout
 from block_manager.reuse_distance import PageCosts
 from helm_engine.clock import Clock, SystemClock
 from helm_engine.config import EngineConfig
+from helm_engine.controller.engine_control import build_control
 from helm_engine.engine_core import EngineCore
 from helm_engine.input_processor import InputProcessor, new_user_key
 from helm_engine.protocol import parse_request
@@ -61,8 +62,8 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         ModelDirectoryError: the directory cannot be served.
         HelmError: the first step failed.
         PoolTooSmallError: the pool cannot hold what one request may need.
-        ValueError: the device, the attention backend or the host tier is not available, or the
-            cost profile cannot be read.
+        ValueError: the device, the attention backend or the host tier is not available, the
+            cost profile cannot be read, or the controller is unknown or cannot do without one.
     """
     model_config = load_config(config.model_dir)
     device = _device(config.executor.device)
@@ -125,7 +126,8 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         config.host_tier.refill,
         HOST_NUMBER_BYTES * model_config.row_dim,
     )
-    return LoadedEngine(served, runner, processor, EngineCore(scheduler, runner, clock))
+    control = build_control(config.controller, scheduler, clock.now())
+    return LoadedEngine(served, runner, processor, EngineCore(scheduler, runner, clock, control))
 
 
 def _open_host_tier(config: EngineConfig, model_config: ModelConfig) -> HostStore:
