@@ -310,3 +310,25 @@ def test_what_is_served_is_told_in_json(config: EngineConfig) -> None:
             assert served.memory.pages == served.layout.num_pages * served.layout.page_bytes
 
     run(scenario)
+
+
+def test_a_split_that_is_asked_for_during_a_reload_outlives_it(
+    config: EngineConfig, other: Path
+) -> None:
+    async def scenario() -> None:
+        async with running(config) as front:
+            reloading = asyncio.create_task(front.supervisor.reload(other))
+            await asyncio.sleep(0.05)
+            share = await front.supervisor.set_target(0.4)
+            assert not reloading.done()
+            await reloading
+            stats = front.supervisor.engine.client.stats
+            assert stats.emb_fraction_target == 0.4
+            # And a core that is started anew begins there.
+            front.kill()
+            await until(lambda: not front.supervisor.is_ready)
+            await front.until_ready()
+            client = front.supervisor.engine.client
+            await until(lambda: client.stats.emb_fraction_committed == pytest.approx(share))
+
+    run(scenario)
