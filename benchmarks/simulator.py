@@ -46,8 +46,8 @@ def workload(requests_per_s: float, requests: int) -> Workload:
         hot_users=40,
         history_mean=TOKENS - TOKENS // 16,
         new_events=2,
-        candidates=1024,
-        item_zipf=0.6,
+        candidates=1300,
+        item_zipf=1.0,
     )
     setting = msgspec.structs.replace(
         load_setting("dlrmv3"),

@@ -22,7 +22,7 @@ EXAMPLES = """
 \b
 Examples:
   helm-engine simulate --workload trend --emb-fraction 0.3
-  helm-engine simulate --workload burst --emb-fraction 0.5 --at 120:0.2 --at 165:0.5
+  helm-engine simulate --workload burst --emb-fraction 0.25 --at 120:0.45 --at 165:0.25
   helm-engine simulate --workload mine.json --emb-fraction 0.3 --seed 7 --json out.json
 
 \b

@@ -45,7 +45,17 @@ class EngineModel:
     profile: CostProfile
     """What work costs on the device."""
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    refill: RefillConfig = field(default_factory=RefillConfig)
+    refill: RefillConfig | None = None
+    """None = the engine's own budget, on a link that carries what the profile says."""
+
+    def refill_budget(self) -> RefillConfig:
+        """How much of the link background loads may take."""
+        if self.refill is not None:
+            return self.refill
+        if not self.profile.row_miss_ms:
+            return RefillConfig()
+        rows_per_s = 1e3 / self.profile.row_miss_ms
+        return RefillConfig(link_bytes_per_s=rows_per_s * self.setting.row_bytes)
 
     def layout(self, emb_fraction: float) -> PoolLayout:
         """The pool, split.
@@ -75,7 +85,7 @@ class SimulatedEngine:
             model.layout(emb_fraction),
             model.setting.num_items,
             RULES,
-            refill=model.refill,
+            refill=model.refill_budget(),
         )
         self.log = StepLog(SimulatedExecutor(model.profile, self.clock), self.scheduler, self.clock)
         self.core = EngineCore(self.scheduler, self.log, self.clock)

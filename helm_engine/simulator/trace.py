@@ -55,6 +55,10 @@ class Trace:
     """Of each person."""
     _no_features: Int64Array
     """[longest history or number of candidates, 1]."""
+    _cuts: list[list[int]]
+    """Of each request: who makes it, where its history begins and ends among all events, where its
+    candidates do among all. Reading Python's numbers out of a list takes less than out of arrays.
+    """
 
     def __len__(self) -> int:
         """Requests."""
@@ -67,26 +71,24 @@ class Trace:
 
     def tokens(self, number: int) -> TokenSequence:
         """What the model reads of a request, as views."""
-        begin, length = self.event_bounds[self.people[number]], self.lengths[number]
-        first, last = self.candidate_bounds[number : number + 2]
+        _, begin, end, first, last = self._cuts[number]
         return TokenSequence(
-            rows=self.events[begin : begin + length],
-            features=self._no_features[:length],
+            rows=self.events[begin:end],
+            features=self._no_features[: end - begin],
             candidate_rows=self.candidates[first:last],
             candidate_features=self._no_features[: last - first],
-            num_final=int(length),
+            num_final=end - begin,
         )
 
     def request(self, number: int) -> Request:
         """A new request, which came at its time after the start."""
-        person = self.people[number]
-        num_blocks = self.lengths[number] // self.setting.block_tokens
+        tokens, person = self.tokens(number), self._cuts[number][0]
         return Request(
             request_id=str(number),
-            tokens=self.tokens(number),
+            tokens=tokens,
             top_k=0,
             excluded_ids=_NOTHING,
-            block_hashes=self.block_hashes[person][:num_blocks],
+            block_hashes=self.block_hashes[person][: tokens.num_final // self.setting.block_tokens],
             arrival=float(self.arrivals[number]),
             user_tag=self.user_tags[person],
         )
@@ -149,6 +151,7 @@ def make_trace(
     candidates, candidate_bounds = laws.distinct_items(drawn, shown.bounds)
     most = int(max(longest.max(initial=0), sizes.max(initial=0)))
     no_features = np.full((most, 1), NO_ROW, dtype=np.int64)
+    begins = starts[visits.people]
     digests = [user_digest(f"user-{person}", user_key) for person in range(visits.num_people)]
     return Trace(
         workload=workload,
@@ -165,7 +168,15 @@ def make_trace(
         block_hashes=_hashes(events, starts, digests, model_version, setting.block_tokens),
         user_tags=[user_tag(digest) for digest in digests],
         _no_features=no_features,
+        _cuts=np.stack(
+            [visits.people, begins, begins + visits.lengths, *_pairs(candidate_bounds)], axis=1
+        ).tolist(),
     )
+
+
+def _pairs(bounds: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Where each one begins and ends."""
+    return bounds[:-1], bounds[1:]
 
 
 def _hashes(

@@ -204,3 +204,8 @@ def test_of_two_pools_the_larger_one_hits_more(trace: Trace) -> None:
         trace, EngineModel(setting(pool_bytes=1 << 20), PROFILE), 0.3
     ).cached_tokens.sum()
     assert large > small
+
+
+def test_refill_leaves_the_link_that_the_profile_implies_to_requests(trace: Trace) -> None:
+    budget = EngineModel(trace.setting, PROFILE).refill_budget()
+    assert budget.link_bytes_per_s == pytest.approx(64 / 20e-6)
