@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A million random steps of both tenants of one pool, each checked against a naive model.
 
 The machine is that of `tests/block_manager/test_pool_machine.py`, which runs some ten thousand

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from helm_engine.engine_core import EngineCore
 from helm_engine.engine_messages import AddRequest
 from helm_engine.exceptions import HelmError
@@ -44,11 +42,6 @@ class Outcome:
     def refused(self, request: Request, error: HelmError) -> None:
         """Counts a request that the engine did not take."""
         self.failures += 1
-
-    def p99(self, since: float = 0.0, until: float = float("inf")) -> float:
-        """99th percentile of those that were due within, in milliseconds."""
-        due = np.array(self.due)
-        return float(np.percentile(np.array(self.latencies_ms)[(due >= since) & (due < until)], 99))
 
 
 def offer(

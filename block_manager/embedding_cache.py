@@ -260,9 +260,16 @@ class EmbeddingCache:
         """
         self._refuse_open_plan()
         page_ids = self._pages.take_coldest(limit, self._row_of_slot, self.policy.counts)
-        warm, cold, vacant = row_kernels.slots_of_pages(
-            page_ids, self._pages.rows_per_page, self._row_of_slot, self.policy.counts
+        warm, vacant, num_cold = row_kernels.vacate(
+            page_ids,
+            self.rows_per_page,
+            self._slot_of_row,
+            self._row_of_slot,
+            self.policy.counts,
         )
+        # What was in these slots is not buried: who gets the pages does that.
+        self._num_resident -= num_cold
+        self.num_evictions += num_cold
         self._free.discard(vacant)
         rows = self._row_of_slot[warm]
         order = _hottest_first(self.policy, rows, np.arange(len(rows)))
@@ -272,7 +279,7 @@ class EmbeddingCache:
         row_kernels.move(
             sources, destinations, self._slot_of_row, self._row_of_slot, self._last_use
         )
-        self._evict(np.concatenate([homeless, cold]))
+        self._evict(homeless)
         self._resize_policy()
         return page_ids, RowMoves(sources, destinations)
 

@@ -27,13 +27,16 @@ class RefillPlanner:
         self.throttle = throttle
         self._emb = emb
         self._boundary = boundary
-        self._row_bytes = row_bytes
+        self.row_bytes = row_bytes
         self._not_before = 0.0
+        self.is_suspended = False
+        """Set from outside while nothing is to be loaded; what is under way comes to its end."""
 
     def is_wanted(self, now: float) -> bool:
         """Whether there may be rows to load and nothing but the link stands against it."""
         return (
-            self._emb.wants_refill
+            not self.is_suspended
+            and self._emb.wants_refill
             and self._boundary.lag_pages >= 0
             and now >= self._not_before
             and self.throttle.is_open
@@ -42,19 +45,19 @@ class RefillPlanner:
     def count_demand(self, num_rows: int, now: float) -> None:
         """A step waits for so many rows: they have the link first."""
         if num_rows:
-            num_bytes = num_rows * self._row_bytes
+            num_bytes = num_rows * self.row_bytes
             self.throttle.count_foreground(TrafficClass.DEMAND_MISS, num_bytes, now)
 
     def plan(self, now: float) -> RefillPlan | None:
         """The next refill, or None when there is nothing to load, no room for it, or no right."""
         if not self.is_wanted(now):
             return None
-        rows = self.throttle.available(now) // self._row_bytes
-        if rows < _LEAST_ROWS and rows < self.throttle.chunk_bytes // self._row_bytes:
+        rows = self.throttle.available(now) // self.row_bytes
+        if rows < _LEAST_ROWS and rows < self.throttle.chunk_bytes // self.row_bytes:
             return None
         refill = self._emb.plan_refill(rows)
         if refill is not None:
-            self.throttle.spend(len(refill) * self._row_bytes, now)
+            self.throttle.spend(len(refill) * self.row_bytes, now)
         return refill
 
     def settle(self, refilled: RefillPlan | None, failed: RefillPlan | None, now: float) -> None:

@@ -85,11 +85,17 @@ def move(
 
 
 @njit(nogil=True, cache=True)
-def slots_of_pages(page_ids: Any, rows_per_page: Any, row_of_slot: Any, counts: Any) -> Any:
-    """Slots of pages by what they hold: a row with a count, a row without one, no row."""
+def vacate(
+    page_ids: Any, rows_per_page: Any, slot_of_row: Any, row_of_slot: Any, counts: Any
+) -> Any:
+    """Forgets the rows of pages that nobody asked for of late.
+
+    Returns:
+        Slots that still hold a row; slots that held none; how many rows were forgotten.
+    """
     warm = np.empty(len(page_ids) * rows_per_page, dtype=np.int64)
-    cold, vacant = np.empty_like(warm), np.empty_like(warm)
-    num_warm = num_cold = num_vacant = 0
+    vacant = np.empty_like(warm)
+    num_warm = num_vacant = num_cold = 0
     for page in page_ids:
         for slot in range(page * rows_per_page, (page + 1) * rows_per_page):
             row = row_of_slot[slot]
@@ -100,9 +106,10 @@ def slots_of_pages(page_ids: Any, rows_per_page: Any, row_of_slot: Any, counts: 
                 warm[num_warm] = slot
                 num_warm += 1
             else:
-                cold[num_cold] = slot
+                slot_of_row[row] = NOWHERE
+                row_of_slot[slot] = NOWHERE
                 num_cold += 1
-    return warm[:num_warm], cold[:num_cold], vacant[:num_vacant]
+    return warm[:num_warm], vacant[:num_vacant], num_cold
 
 
 @njit(nogil=True, cache=True)

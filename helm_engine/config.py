@@ -8,6 +8,8 @@ from typing import Any
 
 from block_manager.pool_layout import PoolConfig
 from block_manager.refill import RefillConfig
+from helm_engine.controller.controller_config import ControllerConfig
+from helm_engine.controller.registry import check_controller
 from model_executor.redis_address import RedisAddress, parse_redis_url
 
 DTYPES = ("float32", "bfloat16")
@@ -168,6 +170,7 @@ class EngineConfig:
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     host_tier: HostTierConfig = field(default_factory=HostTierConfig)
     limits: RequestLimits = field(default_factory=RequestLimits)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
     served_model_name: str | None = None
     """Name in `/v1/models` and in requests; the directory's name by default."""
     cost_profile: Path | None = None
@@ -178,8 +181,14 @@ class EngineConfig:
     shows in the scores."""
 
     def __post_init__(self) -> None:
-        """Accepts the directory as a string too."""
+        """Accepts the directory as a string too.
+
+        Raises:
+            ValueError: the controller is unknown, or cannot do without a cost profile.
+        """
         object.__setattr__(self, "model_dir", Path(self.model_dir))
+        if self.controller.name is not None:
+            check_controller(self.controller.name, has_costs=self.cost_profile is not None)
 
     @property
     def model_name(self) -> str:

@@ -166,6 +166,7 @@ class _CoreLoop:
             else:
                 if not self._take_messages(wait=HEARTBEAT_SECONDS):
                     return
+                self._core.control_boundary()
                 self._say([])
                 if not checked and time.monotonic() - idle_since > _IDLE_CHECK_SECONDS:
                     self._core.check_nothing_leaked()
@@ -223,7 +224,7 @@ class _CoreLoop:
         for request in ended:
             del self._requests[request.request_id]
         message = FromCore(
-            stats=EngineStats.of(self._core.scheduler, self._traffic),
+            stats=EngineStats.of(self._core.scheduler, self._traffic, self._core.control),
             ended=[EndedRequest.of(request) for request in ended],
             calls_done=self._calls_done,
         )

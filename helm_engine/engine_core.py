@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 
 from helm_engine.clock import Clock
-from helm_engine.exceptions import HelmError, StepFailedError
+from helm_engine.controller.engine_control import EngineControl
+from helm_engine.exceptions import ControllerActiveError, HelmError, StepFailedError
 from helm_engine.request import Request
 from helm_engine.scheduler import Scheduler
 from model_executor.exceptions import RowsUnavailableError
@@ -17,8 +18,16 @@ logger = logging.getLogger(__name__)
 class EngineCore:
     """Owns one scheduler and one executor; single-threaded."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, clock: Clock) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        clock: Clock,
+        control: EngineControl | None = None,
+    ) -> None:
+        """Takes what plans steps, what carries them out, and what moves the boundary, if any."""
         self.scheduler = scheduler
+        self.control = control
         self._executor = executor
         self._clock = clock
         self.failed_in_a_row = 0
@@ -27,6 +36,8 @@ class EngineCore:
 
     def add_request(self, request: Request) -> None:
         """Queues a request; see `Scheduler.add_request`."""
+        if self.control is not None:
+            self.control.observe_arrival(request)
         self.scheduler.add_request(request)
 
     def fail_request(self, request: Request, error: HelmError) -> None:
@@ -48,7 +59,14 @@ class EngineCore:
         return self.scheduler.has_background_work(self._clock.now())
 
     def set_target(self, emb_fraction: float) -> float:
-        """Asks for another split of the pool; see `Boundary.set_target`."""
+        """Asks for another split of the pool; see `Boundary.set_target`.
+
+        Raises:
+            ControllerActiveError: a controller decides on the split.
+            ValueError: not within 0..1.
+        """
+        if self.control is not None:
+            raise ControllerActiveError()
         return self.scheduler.boundary.set_target(emb_fraction)
 
     def run_until_idle(self) -> list[Request]:
@@ -68,6 +86,7 @@ class EngineCore:
 
     def step(self) -> list[Request]:
         """Runs one step; returns the requests that ended, with results or with an error."""
+        self.control_boundary()
         step = self.scheduler.schedule(self._clock.now())
         finished: list[Request] = []
         if step is not None:
@@ -85,4 +104,12 @@ class EngineCore:
             else:
                 self.failed_in_a_row = 0
                 finished = self.scheduler.update(step, output, self._clock.now())
-        return finished + self.scheduler.take_failed()
+        ended = finished + self.scheduler.take_failed()
+        if self.control is not None:
+            self.control.observe_ended(ended, self._clock.now())
+        return ended
+
+    def control_boundary(self) -> None:
+        """Lets the controller decide; `step` does so too, so this is for an engine at rest."""
+        if self.control is not None:
+            self.control.act(self._clock.now())

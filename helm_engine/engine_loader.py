@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from block_manager.page_value import PageValueEstimator, SamplingConfig
+from block_manager.page_value import PageValueEstimator
 from block_manager.pool_layout import PoolLayout, plan_layout
-from block_manager.reuse_distance import PageCosts
 from helm_engine.clock import Clock, SystemClock
 from helm_engine.config import EngineConfig
+from helm_engine.controller.engine_control import build_control
 from helm_engine.engine_core import EngineCore
 from helm_engine.input_processor import InputProcessor, new_user_key
+from helm_engine.page_values import page_value_estimator
 from helm_engine.protocol import parse_request
 from helm_engine.sample_request import sample_request
 from helm_engine.scheduler import build_scheduler
@@ -61,8 +62,8 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         ModelDirectoryError: the directory cannot be served.
         HelmError: the first step failed.
         PoolTooSmallError: the pool cannot hold what one request may need.
-        ValueError: the device, the attention backend or the host tier is not available, or the
-            cost profile cannot be read.
+        ValueError: the device, the attention backend or the host tier is not available, the
+            cost profile cannot be read, or the controller is unknown or cannot do without one.
     """
     model_config = load_config(config.model_dir)
     device = _device(config.executor.device)
@@ -123,7 +124,8 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         _page_values(config.cost_profile, layout, table.num_rows),
         config.host_tier.refill,
     )
-    return LoadedEngine(served, runner, processor, EngineCore(scheduler, runner, clock))
+    control = build_control(config.controller, scheduler, clock.now())
+    return LoadedEngine(served, runner, processor, EngineCore(scheduler, runner, clock, control))
 
 
 def _open_host_tier(config: EngineConfig, model_config: ModelConfig) -> HostStore:
@@ -148,15 +150,7 @@ def _page_values(
     """What watches the worth of pages, where the device's costs are known."""
     if cost_profile is None:
         return None
-    profile = load_cost_profile(cost_profile)
-    return PageValueEstimator(
-        layout.num_pages,
-        layout.rows_per_page,
-        layout.block_tokens,
-        num_rows,
-        PageCosts(profile.prefill_row_ms, profile.attention_pair_ms, profile.row_miss_ms),
-        SamplingConfig(),
-    )
+    return page_value_estimator(load_cost_profile(cost_profile), layout, num_rows)
 
 
 def _warm_up(

@@ -10,7 +10,54 @@ from block_manager.page_value import PageValue
 from block_manager.refill import HostTraffic, TrafficClass
 
 if TYPE_CHECKING:
+    from helm_engine.controller.engine_control import EngineControl
     from helm_engine.scheduler import Scheduler
+
+
+class ControllerStats(msgspec.Struct, frozen=True):
+    """What a controller last decided, and totals since the engine started; 0 without one."""
+
+    rate: float = 0.0
+    """Share of the pool per second by which the target changes; above 0 = EMB grows."""
+    base_rate: float = 0.0
+    """What the policy alone wants, -1..1 of the slew limit."""
+    recovery_rate: float = 0.0
+    """What a recovery makes of that, likewise; 0 without one."""
+    is_holding: bool = False
+    """Whether the committed split is held for want of numbers."""
+    queries: int = 0
+    """Times that a policy was asked."""
+    holds: int = 0
+    """Those that ended in holding the committed split."""
+    recoveries: int = 0
+    """Bursts that overrode the policy."""
+    p99_ms: float = 0.0
+    """Latency as the controller saw it."""
+    slo_violation_rate: float = 0.0
+    """Requests that failed or took longer than the service level, likewise, 0..1."""
+
+    @classmethod
+    def of(cls, control: EngineControl) -> ControllerStats:
+        """Reads a controller."""
+        controller = control.controller
+        latest = controller.latest
+        totals = cls(
+            queries=controller.num_queries,
+            holds=controller.num_holds,
+            recoveries=controller.num_recoveries,
+        )
+        if latest is None:
+            return totals
+        seen = latest.observation
+        return msgspec.structs.replace(
+            totals,
+            rate=latest.rate,
+            base_rate=latest.parts.get("base", 0.0),
+            recovery_rate=latest.parts.get("recovery", 0.0),
+            is_holding=latest.held is not None,
+            p99_ms=0.0 if seen is None else seen.p99_ms,
+            slo_violation_rate=0.0 if seen is None else seen.slo_violation_rate,
+        )
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -54,10 +101,13 @@ class EngineStats(msgspec.Struct, frozen=True):
     """What one KV page less would cost, likewise."""
     emb_page_gain_ms: float = 0.0
     emb_page_loss_ms: float = 0.0
+    controller: ControllerStats = ControllerStats()
 
     @classmethod
-    def of(cls, scheduler: Scheduler, traffic: HostTraffic) -> EngineStats:
-        """Reads a scheduler, its pool, and what its executor had from the host tier."""
+    def of(
+        cls, scheduler: Scheduler, traffic: HostTraffic, control: EngineControl | None = None
+    ) -> EngineStats:
+        """Reads a scheduler, its pool, what its executor had from the host tier, its controller."""
         totals = scheduler.stats
         watched = scheduler.page_values
         value = PageValue() if watched is None else watched.latest
@@ -84,4 +134,5 @@ class EngineStats(msgspec.Struct, frozen=True):
             kv_page_loss_ms=value.kv.less,
             emb_page_gain_ms=value.emb.more,
             emb_page_loss_ms=value.emb.less,
+            controller=ControllerStats() if control is None else ControllerStats.of(control),
         )

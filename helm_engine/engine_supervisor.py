@@ -10,7 +10,7 @@ from pathlib import Path
 
 from helm_engine.config import EngineConfig
 from helm_engine.engine_client import EngineClient
-from helm_engine.exceptions import EngineUnavailableError, ReloadError
+from helm_engine.exceptions import ControllerActiveError, EngineUnavailableError, ReloadError
 from helm_engine.input_processor import InputProcessor, new_user_key
 from helm_engine.served_model import ServedModel
 
@@ -127,6 +127,7 @@ class EngineSupervisor:
             reason = await asyncio.shield(client.ended)
             logger.error("%s; a new one is started", reason)
             self._engine, self._why_none = None, f"{reason}; it is being restarted"
+            self.config = _with_split_of(client, self.config)
             await client.close()
             self._engine = await self._relaunch()
             self.num_restarts += 1
@@ -160,8 +161,9 @@ class EngineSupervisor:
         if self._reloading.locked():
             raise ReloadError("another reload is under way")
         async with self._reloading:
-            _ = self.engine
-            config = self.config if model_dir is None else replace(self.config, model_dir=model_dir)
+            config = _with_split_of(self.engine.client, self.config)
+            if model_dir is not None:
+                config = replace(config, model_dir=model_dir)
             try:
                 engine = await self._launch(config)
             except Exception as error:
@@ -197,8 +199,11 @@ class EngineSupervisor:
 
         Raises:
             ValueError: not within 0..1.
+            ControllerActiveError: a controller decides on the split.
             EngineUnavailableError: no engine is ready.
         """
+        if self.config.controller.name is not None:
+            raise ControllerActiveError()
         pool = replace(self.config.pool, emb_fraction=emb_fraction)
         share = await self.engine.client.set_target(emb_fraction)
         self.config = replace(self.config, pool=pool)
@@ -220,3 +225,11 @@ class EngineSupervisor:
             task.cancel()
         self._engine, self._why_none = None, _STOPPED
         return not any(await asyncio.gather(*(client.close() for client in clients)))
+
+
+def _with_split_of(client: EngineClient, config: EngineConfig) -> EngineConfig:
+    """Where a controller moves the boundary, the next engine begins where this one stood last."""
+    share = client.stats.emb_fraction_committed
+    if config.controller.name is None or not share:
+        return config
+    return replace(config, pool=replace(config.pool, emb_fraction=share))

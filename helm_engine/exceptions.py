@@ -62,6 +62,21 @@ class ReloadError(HelmError):
     error_type = "reload_error"
 
 
+class ControllerActiveError(HelmError):
+    """The split of the pool is a controller's to decide."""
+
+    status = 409
+    error_type = "controller_active_error"
+
+    def __init__(
+        self,
+        message: str = "a controller moves the boundary (--controller): it is moved by hand only "
+        "on a server that runs without one",
+        param: str | None = "emb_fraction",
+    ) -> None:
+        super().__init__(message, param)
+
+
 class ModelNotFoundError(HelmError):
     """The request names a model that is not served."""
 

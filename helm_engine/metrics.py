@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from block_manager.refill import TrafficClass
-from helm_engine.engine_stats import EngineStats
+from helm_engine.engine_stats import ControllerStats, EngineStats
 from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.exceptions import HelmError
 from helm_engine.protocol import Recommendation
@@ -79,6 +79,7 @@ class _EngineCollector(Collector):
         ):
             yield _gauge(gauge, help_text, name, value)
         yield from _page_values(stats, name)
+        yield from _controller(stats.controller, name)
         for counter, help_text, value in (
             ("engine_steps", "Steps planned.", stats.steps),
             ("prefix_cache_queries", "Context tokens of admitted requests.", stats.prefix_queries),
@@ -107,6 +108,35 @@ def _page_values(stats: EngineStats, model_name: str) -> Iterator[Metric]:
         costs = f"Milliseconds per second that one {tenant.upper()} page less would cost."
         yield _gauge(f"{tenant}_page_gain_ms", saves, model_name, gain)
         yield _gauge(f"{tenant}_page_loss_ms", costs, model_name, loss)
+
+
+def _controller(stats: ControllerStats, model_name: str) -> Iterator[Metric]:
+    """What the controller of the boundary decided, and why; all 0 without one."""
+    layers = GaugeMetricFamily(
+        "helm:controller_layer_rate",
+        "What each layer wants, -1..1 of the slew limit; the last one decides.",
+        labels=["model_name", "layer"],
+    )
+    layers.add_metric([model_name, "base"], stats.base_rate)
+    layers.add_metric([model_name, "recovery"], stats.recovery_rate)
+    yield layers
+    for gauge, help_text, value in (
+        ("rate", "Share of the pool per second by which the target changes.", stats.rate),
+        ("holding", "Whether the split is held for want of numbers.", stats.is_holding),
+        ("p99_ms", "99th percentile of the latency as the controller sees it.", stats.p99_ms),
+        (
+            "slo_violation_share",
+            "Requests that failed or took longer than --slo-ms, lately, 0..1.",
+            stats.slo_violation_rate,
+        ),
+    ):
+        yield _gauge(f"controller_{gauge}", help_text, model_name, value)
+    for counter, help_text, value in (
+        ("queries", "Times that the policy was asked.", stats.queries),
+        ("holds", "Those that ended in holding the split.", stats.holds),
+        ("recoveries", "Bursts that overrode the policy.", stats.recoveries),
+    ):
+        yield _counter(f"controller_{counter}", help_text, model_name, value)
 
 
 def _gauge(name: str, help_text: str, model_name: str, value: float) -> Metric:

@@ -89,6 +89,7 @@ class Recommender:
 
         Raises:
             ValueError: not within 0..1.
+            ControllerActiveError: a controller decides on the split.
         """
         return self.engine.core.set_target(emb_fraction)
 

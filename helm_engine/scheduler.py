@@ -224,6 +224,8 @@ class Scheduler:
 
     def _expire(self, now: float) -> None:
         """Ends what is late, and what waits and would be late even if it ran in the next step."""
+        if self._deadlines.first is None:
+            return
         late = DeadlineExceededError("the deadline passed before the request was finished")
         while (head := self._deadlines.first) is not None and head[1].deadline < now:
             self.fail(head[1], late)
@@ -267,6 +269,8 @@ class Scheduler:
     def _is_in_vain(self, share: _Share, now: float) -> bool:
         """Whether a request that this step does not finish would be late after the next."""
         request = share.request
+        if request.deadline == inf:
+            return False
         reaches_end = share.start + share.num_rows == request.num_tokens
         is_last = (
             reaches_end and request.num_scored + share.num_candidates == request.num_candidates
@@ -299,7 +303,9 @@ class Scheduler:
         request.first_scheduled = now
         request.num_computed = request.cached_tokens = cached
         tokens = request.tokens
-        rows = np.concatenate([tokens.rows[cached:], tokens.candidate_rows])
+        rows = tokens.candidate_rows
+        if cached < request.num_tokens:
+            rows = np.concatenate([tokens.rows[cached:], rows])
         needed = self._distinct.count(rows, self.emb.slot_of_row)
         request.rows_requested, request.rows_resident = needed
         self._waiting.remove(key)

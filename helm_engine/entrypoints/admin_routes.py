@@ -100,11 +100,12 @@ async def reload(request: Request, body: ReloadRequest | None = None) -> Reloade
     return ReloadedModel(model=served.name, version=served.version)
 
 
-@router.put("/v1/admin/boundary", responses=error_responses(403))
+@router.put("/v1/admin/boundary", responses=error_responses(403, 409))
 async def set_boundary(request: Request, body: BoundaryRequest) -> BoundaryState:
     """Ask for another split of the pool; needs the admin key.
 
     Pages change hands between steps while requests run; `lag_pages` says how many have yet to.
+    Where a controller moves the boundary, the answer is 409 and nothing changes.
     """
     await request.app.state.recommender.supervisor.set_target(body.emb_fraction)
     return _boundary(request)

@@ -39,7 +39,10 @@ def boundary(
         str, typer.Option(metavar="KEY", envvar="HELM_ADMIN_KEY", help="The server's admin key.")
     ] = "",
 ) -> None:
-    """Show or move the boundary between embedding rows and KV of a running server."""
+    """Show or move the boundary between embedding rows and KV of a running server.
+
+    A server that runs with --controller moves it itself and refuses.
+    """
     if urlsplit(server).scheme not in ("http", "https"):
         raise CommandError(f"URL: {server!r} is not an http address")
     address = f"{server.rstrip('/')}/v1/admin/boundary"

@@ -22,6 +22,7 @@ from helm_engine.config import (
     RequestLimits,
     SchedulerConfig,
 )
+from helm_engine.controller.controller_config import ControllerConfig
 from helm_engine.entrypoints.command import CommandError
 from helm_engine.entrypoints.config_file import configuration_toml, use_config_file
 from helm_engine.entrypoints.option_groups import KEYWORD, declare, takes_option_groups
@@ -33,6 +34,7 @@ _SCHEDULER = SchedulerConfig()
 _EXECUTOR = ExecutorConfig()
 _LIMITS = RequestLimits()
 _HOST_TIER = HostTierConfig()
+_CONTROLLER = ControllerConfig()
 
 ENGINE_CONTEXT = {"auto_envvar_prefix": "HELM"}
 """Settings of an engine's command: `HELM_POOL_BYTES` is the variable of `--pool-bytes`."""
@@ -149,6 +151,39 @@ class EngineOptions:
             metavar="FILE",
             rich_help_panel="Page pool",
             help="Milliseconds of the device; metrics then tell what one page more would save.",
+        ),
+    ] = None
+    controller: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel="Boundary controller",
+            help="What moves the boundary: static:X, threshold, hill_climb, marginal, kv_only, "
+            "emb_only or ms_per_byte; default: nothing.",
+        ),
+    ] = _CONTROLLER.name
+    control_period: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            rich_help_panel="Boundary controller",
+            help="Time from one decision to the next, 0.25 to 5.",
+        ),
+    ] = _CONTROLLER.period_s
+    slo_ms: Annotated[
+        float,
+        typer.Option(
+            metavar="MS",
+            rich_help_panel="Boundary controller",
+            help="Service level: a request that takes longer violates it.",
+        ),
+    ] = _CONTROLLER.slo_ms
+    decision_log: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel="Boundary controller",
+            help="Append each decision, with what it was made on, as a line of JSON.",
         ),
     ] = None
     poison_freed_memory: Annotated[
@@ -273,6 +308,12 @@ class EngineOptions:
                 max_candidates=self.max_candidates,
                 max_requests=self.max_requests,
                 max_top_k=self.max_top_k,
+            ),
+            controller=ControllerConfig(
+                name=self.controller,
+                period_s=self.control_period,
+                slo_ms=self.slo_ms,
+                decision_log=self.decision_log,
             ),
             served_model_name=self.served_model_name,
             cost_profile=self.cost_profile,

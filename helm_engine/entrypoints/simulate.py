@@ -23,6 +23,7 @@ EXAMPLES = """
 Examples:
   helm-engine simulate --workload trend --emb-fraction 0.3
   helm-engine simulate --workload burst --emb-fraction 0.25 --at 120:0.45 --at 165:0.25
+  helm-engine simulate --workload trend --emb-fraction 0.3 --controller hill_climb
   helm-engine simulate --workload mine.json --emb-fraction 0.3 --seed 7 --json out.json
 
 \b
@@ -37,10 +38,26 @@ def _split(text: str) -> tuple[float, float]:
     try:
         split = float(when), float(share)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not SECONDS:SHARE") from None
+        raise CommandError(f"--at: {text!r} is not SECONDS:SHARE") from None
     if not (0.0 <= split[0] < float("inf") and 0.0 <= split[1] <= 1.0):
-        raise typer.BadParameter(f"{text!r}: seconds are at least 0, the share within 0..1")
+        raise CommandError(f"--at: {text!r}: seconds are at least 0, the share within 0..1")
     return split
+
+
+def _checked(
+    controller: str | None, at: list[str], json_file: Path | None, step_log: Path | None
+) -> list[tuple[float, float]]:
+    """Looks at the flags before anything is run; returns the schedule.
+
+    Raises:
+        CommandError: names the flag.
+    """
+    for flag, path in (("--json", json_file), ("--step-log", step_log)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise CommandError(f"{flag}: {path}: cannot be written there")
+    if controller is not None and at:
+        raise CommandError("--at: a controller decides on the split; leave it or --controller out")
+    return [_split(text) for text in at]
 
 
 def simulate(
@@ -59,6 +76,12 @@ def simulate(
             help="Ask for another split so long after the warm-up; repeat it for a schedule.",
         ),
     ] = None,
+    controller: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Who moves the boundary (docs/controller.md); not with --at."
+        ),
+    ] = None,
     profile: Annotated[
         str,
         typer.Option(metavar="NAME|FILE", help="What work costs on the device: a cost profile."),
@@ -73,15 +96,8 @@ def simulate(
     ] = None,
 ) -> None:
     """Run a workload through the engine in virtual time."""
-    for flag, path in (("--json", json_file), ("--step-log", step_log)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise CommandError(f"{flag}: {path}: cannot be written there")
-    splits = []
-    for text in at or ():
-        try:
-            splits.append(_split(text))
-        except typer.BadParameter as error:
-            raise CommandError(f"--at: {error.message}") from None
+    splits = _checked(controller, at or [], json_file, step_log)
+    from helm_engine.controller.controller_config import ControllerConfig
     from helm_engine.simulator import figures
     from helm_engine.simulator.simulation import EngineModel
     from helm_engine.simulator.simulation import simulate as run
@@ -93,7 +109,9 @@ def simulate(
     try:
         wanted = load_workload(workload)
         device = load_cost_profile(builtin_or_file("profiles", profile, "profile"))
-        model = EngineModel(wanted.resolved_setting, device)
+        model = EngineModel(
+            wanted.resolved_setting, device, controller=ControllerConfig(name=controller)
+        )
         schedule = [(wanted.warm_up_s + when, share) for when, share in splits]
         with SlowNotice() as notice:
             notice.say("drawing requests")
@@ -109,6 +127,7 @@ def simulate(
         "setting": as_json(model.setting),
         "profile": asdict(device),
         "emb_fraction_at_start": emb_fraction,
+        "controller": controller,
         "schedule": splits,
         "seed": seed,
     }

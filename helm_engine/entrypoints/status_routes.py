@@ -99,6 +99,7 @@ async def info(request: Request) -> dict[str, Any]:
         "scheduler": asdict(config.scheduler),
         "executor": asdict(config.executor),
         "host_tier": config.host_tier.describe(),
+        "controller": asdict(config.controller),
     }
 
 

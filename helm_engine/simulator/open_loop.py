@@ -15,6 +15,9 @@ from helm_engine.request import Request
 _BACKGROUND_SECONDS = 0.001
 """As in the core's own process: without requests, pages and rows move in steps this far apart."""
 
+_HEARTBEAT_SECONDS = 0.2
+"""As there: at rest a controller is asked this often."""
+
 
 class Timer(Protocol):
     """Where time comes from, and how it passes while there is nothing to do."""
@@ -109,4 +112,7 @@ def offer(
                 wake.append(happening[0][0])
             if core.has_background_work:
                 wake.append(timer.now() + _BACKGROUND_SECONDS)
+            if core.control is not None and wake:
+                wake.append(timer.now() + _HEARTBEAT_SECONDS)
             timer.wait_until(min(wake, default=0.0))
+            core.control_boundary()

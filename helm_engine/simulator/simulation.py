@@ -7,7 +7,7 @@ cost profile says, and the clock.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import nan
 
@@ -18,8 +18,11 @@ from block_manager.pool_layout import PoolConfig, PoolLayout, plan_layout
 from block_manager.refill import RefillConfig
 from helm_engine.clock import VirtualClock
 from helm_engine.config import SchedulerConfig
+from helm_engine.controller.controller_config import ControllerConfig
+from helm_engine.controller.engine_control import build_control
 from helm_engine.engine_core import EngineCore
 from helm_engine.exceptions import HelmError
+from helm_engine.page_values import page_value_estimator
 from helm_engine.request import Request
 from helm_engine.scheduler import build_scheduler
 from helm_engine.simulator.open_loop import VirtualTimer, offer
@@ -47,6 +50,9 @@ class EngineModel:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     refill: RefillConfig | None = None
     """None = the engine's own budget, on a link that carries what the profile says."""
+
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    """Who moves the boundary; by default nobody but a schedule. Its SLO is the setting's."""
 
     def refill_budget(self) -> RefillConfig:
         """How much of the link background loads may take."""
@@ -78,17 +84,30 @@ class SimulatedEngine:
     """An idle engine in virtual time."""
 
     def __init__(self, model: EngineModel, emb_fraction: float) -> None:
-        """Splits the pool; raises as `EngineModel.layout` does."""
+        """Splits the pool.
+
+        Raises:
+            PoolTooSmallError: it cannot hold what one request may need.
+            ValueError: the share is not within 0..1, or the controller is unknown.
+        """
         self.clock = VirtualClock()
+        layout, num_rows = model.layout(emb_fraction), model.setting.num_items
+        is_controlled = model.controller.name is not None
         self.scheduler = build_scheduler(
             model.scheduler,
-            model.layout(emb_fraction),
-            model.setting.num_items,
+            layout,
+            num_rows,
             RULES,
+            page_values=(
+                page_value_estimator(model.profile, layout, num_rows) if is_controlled else None
+            ),
             refill=model.refill_budget(),
         )
         self.log = StepLog(SimulatedExecutor(model.profile, self.clock), self.scheduler, self.clock)
-        self.core = EngineCore(self.scheduler, self.log, self.clock)
+        control = build_control(
+            replace(model.controller, slo_ms=model.setting.slo_ms), self.scheduler, 0.0
+        )
+        self.core = EngineCore(self.scheduler, self.log, self.clock, control)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +130,7 @@ class Result:
     """In both directions, the warm-up included."""
 
 
-class _Ledger:
+class Ledger:
     """Writes down how each request ends; see `open_loop.Audience`."""
 
     def __init__(self, number: int) -> None:
@@ -121,6 +140,7 @@ class _Ledger:
         self.resident = np.zeros(number, dtype=np.int64)
 
     def ended(self, request: Request, now: float) -> None:
+        """A request has finished or failed."""
         if request.error is not None:
             return
         place = int(request.request_id)
@@ -132,7 +152,7 @@ class _Ledger:
         request.scores = _NO_SCORES
 
     def refused(self, request: Request, error: HelmError) -> None:
-        pass  # Its latency stays NaN.
+        """The engine did not take a request: its latency stays NaN."""
 
 
 _NO_SCORES: Float32Array = np.empty((0, 1), dtype=np.float32)
@@ -154,7 +174,7 @@ def simulate(
         ValueError: a share is not within 0..1.
     """
     engine = SimulatedEngine(model, emb_fraction)
-    ledger = _Ledger(len(trace))
+    ledger = Ledger(len(trace))
     requests = (
         (arrival, partial(trace.request, place))
         for place, arrival in enumerate(trace.arrivals.tolist())

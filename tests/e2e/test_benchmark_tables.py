@@ -91,8 +91,63 @@ def rows() -> Iterator[str]:
         )
 
 
+def page_value_rows() -> Iterator[str]:
+    """A line for each split and tenant: the error that is largest of all seeds, by sampling."""
+    page_value = result("page_value")
+    by_cell: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for line in page_value["cells"]:
+        by_cell.setdefault((line["split"], line["profile"], line["tenant"]), []).append(line)
+    for (split, profile, tenant), lines in by_cell.items():
+        by_shares: dict[tuple[float, float], list[float]] = {}
+        for line in lines:
+            shares = (line["user_share"], line["row_share"])
+            by_shares.setdefault(shares, []).append(line["error"])
+        brute = [sum(line["brute_force_ms"]) / 2 for line in lines]
+        worst = [signed_percent(max(errors, key=abs)) for errors in by_shares.values()]
+        first = lines[0]
+        yield (
+            f"| `{split}` | {first['kv_pages']} + {first['emb_pages']} | {profile} | {tenant} | "
+            f"{sum(brute) / len(brute):.4f} | {' | '.join(worst)} |"
+        )
+    for line in page_value["overhead"]:
+        quartiles = " to ".join(percent(share) for share in line["added_quartiles"])
+        yield (
+            f"| {line['shape']} | 1/{1 / line['user_share']:.0f} | 1/{1 / line['row_share']:.0f} | "
+            f"{percent(line['added'])} ({quartiles}) | {line['added_us_per_visit']:.0f} | "
+            f"{line['scheduler_us_per_visit']:.0f} |"
+        )
+
+
+def signed_percent(share: float) -> str:
+    return f"{share:+.0%}".replace("%", " %")
+
+
+def moving_rows() -> Iterator[str]:
+    for cell in result("moving")["cells"]:
+        begins, ends = cell["emb_fraction"]
+        boundary = f"{begins:.2f}" if begins == ends else f"{begins:.2f} to {ends:.2f}"
+        moved = "" if cell["moved_after_s"] is None else f"{cell['moved_after_s']:.2f}"
+        waited = cell["refill_bytes_on_critical_path"] / 2**20
+        yield (
+            f"| {cell['time']} | `{cell['arm']}` | {boundary} | {cell['p50_ms']:.1f} | "
+            f"{cell['p99_ms']:.1f} | {percent(cell['row_hit_share'])} | "
+            f"{percent(cell['cached_token_share'])} | {moved} | {waited:.0f} |"
+        )
+
+
 def test_the_page_shows_every_cell() -> None:
-    assert [row for row in rows() if row not in PAGE] == []
+    shown = (*rows(), *page_value_rows(), *moving_rows())
+    assert [row for row in shown if row not in PAGE] == []
+
+
+def test_the_page_shows_what_a_move_costs() -> None:
+    page, moving = " ".join(PAGE.split()), result("moving")
+    for time in ("virtual", "real"):
+        for mover in ("moving", "naive"):
+            found = moving["ratios"][time][mover]
+            assert with_range(found["ratio"], found["interval"]) in page
+    assert f"{moving['max_score_diff']:.1e}" in page
+    assert (moving["failed_requests"], moving["refill_bytes_on_critical_path"]) == (0, 0)
 
 
 def test_the_readme_shows_the_ratios_of_every_workload_of_its_model() -> None:
@@ -152,6 +207,7 @@ def test_the_page_shows_what_the_books_of_the_pool_cost() -> None:
         f"{pool['bytes_per_row']:.0f} bytes for each row of the table",
         f"{pool['bytes_per_slot']:.0f} for each slot",
         f"{pool['bytes_per_block']:.0f} for each block",
+        f"{pool['alloc_vs_vllm_ratio']:.2f} of the time that vLLM's own pool takes",
     ]
     assert [figure for figure in figures if figure not in page] == []
 

@@ -207,3 +207,22 @@ def test_the_command_moves_the_boundary_and_floors_hold(monkeypatch: pytest.Monk
         assert refused.returncode != 0
         assert "admin key" in refused.stderr
         assert server.stop() == 0
+
+
+def test_where_a_controller_moves_the_boundary_nobody_else_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HELM_ADMIN_KEY", "of-the-boundary")
+    controlled = ("--emb-fraction", "0.2", "--controller", "static:0.5")
+    with running_server(BUNDLED_MODEL, *SMALL_POOL, *controlled) as server:
+        # An engine at rest is controlled too.
+        until(lambda: boundary_of(server)["committed"] > 0.49, "the boundary does not move")
+        refused = httpx.put(
+            server.address + BOUNDARY, json={"emb_fraction": 0.3}, headers=ADMIN, timeout=30
+        )
+        assert refused.status_code == 409
+        assert refused.json()["error"]["type"] == "controller_active_error"
+        assert "--controller" in refused.json()["error"]["message"]
+        assert boundary_of(server)["target"] == 0.5
+        assert server.post(bodies_of(1)[0]).status_code == 200
+        assert server.stop() == 0

@@ -150,6 +150,10 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "emb_fraction": st.floats(0.0, 1.0),
     "block_tokens": st.integers(1, 1024),
     "cost_profile": _PATH,
+    "controller": st.sampled_from(["static:0.3", "threshold", "hill_climb"]),
+    "control_period": st.floats(0.25, 5.0),
+    "slo_ms": st.floats(0.1, 1e6),
+    "decision_log": _PATH,
     "poison_freed_memory": st.booleans(),
     "max_num_batched_tokens": _COUNT,
     "max_num_seqs": _COUNT,
@@ -173,7 +177,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 _WITHOUT_DEFAULT = {
     "served-model-name", "cost-profile", "otlp-traces-endpoint", "api-key-file", "admin-key-file",
-    "max-pages-per-step", "host-link-bytes-per-second",
+    "max-pages-per-step", "host-link-bytes-per-second", "controller", "decision-log",
 }  # fmt: skip
 
 

@@ -60,6 +60,8 @@ def test_a_workload_of_ones_own(mine: str, tmp_path: Path) -> None:
         (["--emb-fraction", "1.2"], "--emb-fraction: "),
         (["--at", "soon:0.5"], "--at: 'soon:0.5'"),
         (["--at", "5:1.5"], "--at: '5:1.5'"),
+        (["--controller", "magic"], "controller: 'magic'"),
+        (["--controller", "static:0.5", "--at", "5:0.5"], "--at: "),
         (["--json", "no/such/out.json"], "--json: no/such/out.json"),
     ],
 )

@@ -11,10 +11,18 @@ import pytest
 from block_manager.pool_layout import PoolConfig
 from helm_engine.clock import SystemClock
 from helm_engine.config import EngineConfig, HostTierConfig, SchedulerConfig
+from helm_engine.controller.controller_config import ControllerConfig
 from helm_engine.engine_loader import LoadedEngine, load_engine
 from helm_engine.protocol import parse_request
 from helm_engine.simulator import figures
-from helm_engine.simulator.simulation import EngineModel, Result, simulate
+from helm_engine.simulator.open_loop import VirtualTimer, offer
+from helm_engine.simulator.simulation import (
+    EngineModel,
+    Ledger,
+    Result,
+    SimulatedEngine,
+    simulate,
+)
 from helm_engine.simulator.trace import Trace, make_trace
 from model_executor.model_config import ModelConfig, parse_model_config
 from tests.simulator.small import PROFILE, regime, setting, workload
@@ -209,3 +217,17 @@ def test_of_two_pools_the_larger_one_hits_more(trace: Trace) -> None:
 def test_refill_leaves_the_link_that_the_profile_implies_to_requests(trace: Trace) -> None:
     budget = EngineModel(trace.setting, PROFILE).refill_budget()
     assert budget.link_bytes_per_s == pytest.approx(64 / 20e-6)
+
+
+def test_a_controller_moves_the_boundary_and_is_asked_at_rest_too() -> None:
+    trace = make_trace(workload(requests_per_s=0.5), 1)
+    static = EngineModel(trace.setting, PROFILE, controller=ControllerConfig(name="static:0.6"))
+    moved = simulate(trace, static, 0.2)
+    assert moved.steps["emb_pages"][-1] / moved.num_pages == pytest.approx(0.6, abs=0.001)
+    asked = SimulatedEngine(
+        EngineModel(trace.setting, PROFILE, controller=ControllerConfig(name="threshold")), 0.2
+    )
+    requests = [(2.0, lambda: trace.request(0)), (30.0, lambda: trace.request(1))]
+    offer(asked.core, VirtualTimer(asked.clock), requests, Ledger(len(trace)))
+    assert asked.core.control is not None
+    assert asked.core.control.controller.num_queries >= 28  # Once a second.

@@ -1,0 +1,1 @@
+"""Where the boundary between both tenants is to be: what is observed, and who decides."""

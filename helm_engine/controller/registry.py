@@ -1,0 +1,84 @@
+"""Every controller by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from helm_engine.controller.allocation_controller import (
+    AdaptiveController,
+    AllocationController,
+    Policy,
+    StaticController,
+)
+from helm_engine.controller.baselines import (
+    HillClimbPolicy,
+    MarginalPolicy,
+    MillisecondsPerBytePolicy,
+    SetPointPolicy,
+    ThresholdPolicy,
+)
+from helm_engine.controller.burst_recovery import BurstRecovery
+from helm_engine.controller.controller_config import ControllerConfig
+
+_POLICIES: dict[str, Callable[[], Policy]] = {
+    "threshold": ThresholdPolicy,
+    "hill_climb": HillClimbPolicy,
+    "marginal": MarginalPolicy,
+    "kv_only": lambda: SetPointPolicy(is_kv=True, mark=0.9),
+    "emb_only": lambda: SetPointPolicy(is_kv=False, mark=0.95),
+    "ms_per_byte": MillisecondsPerBytePolicy,
+}
+_NEED_COSTS = frozenset({"marginal", "ms_per_byte"})
+_STATIC = "static:"
+_RECOVERY = "+recovery"
+
+
+def controller_names() -> list[str]:
+    """What `make_controller` knows; `static:X` stands for every share X of EMB."""
+    return ["static:X", *_POLICIES]
+
+
+def make_controller(name: str, config: ControllerConfig | None = None) -> AllocationController:
+    """Builds a controller that knows nothing yet.
+
+    Args:
+        name: one of `controller_names`; with `+recovery` behind an adaptive one's name, bursts
+            override it.
+        config: its bounds; the name in it is not looked at.
+
+    Raises:
+        ValueError: the name is unknown; lists those that are known.
+    """
+    if name.startswith(_STATIC):
+        try:
+            share = float(name.removeprefix(_STATIC))
+        except ValueError:
+            raise ValueError(f"controller: {name!r}: X of static:X must be a number") from None
+        return StaticController(share)
+    base = name.removesuffix(_RECOVERY)
+    policy = _POLICIES.get(base)
+    if policy is None:
+        raise ValueError(
+            f"controller: {name!r} is unknown (known: {', '.join(controller_names())}; "
+            f"{_RECOVERY} may follow any but static:X)"
+        )
+    recovery = BurstRecovery() if name != base else None
+    return AdaptiveController(policy(), config, recovery)
+
+
+def check_controller(name: str, has_costs: bool) -> None:
+    """Checks a name before anything is loaded.
+
+    Args:
+        name: of a controller.
+        has_costs: whether the engine will know the milliseconds of the device.
+
+    Raises:
+        ValueError: it is unknown, or blind without the costs.
+    """
+    make_controller(name)
+    if not has_costs and name.removesuffix(_RECOVERY) in _NEED_COSTS:
+        raise ValueError(
+            f"controller: {name} needs cost_profile, the milliseconds of the device: without it "
+            "nothing tells what a page is worth"
+        )
