@@ -53,7 +53,10 @@ setup(
     packages=find_packages(
         include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]
     ),
-    package_data={name: ["py.typed"] for name in PACKAGES},
+    package_data={
+        **{name: ["py.typed"] for name in PACKAGES},
+        "helm_engine.simulator": ["builtin/*/*.json"],
+    },
     zip_safe=False,
     install_requires=[
         "torch>=2.10",

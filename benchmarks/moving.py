@@ -44,7 +44,7 @@ from benchmarks.redis_server import running_redis
 from benchmarks.report import benchmark_parser, write_result
 from benchmarks.returning_visits import model_dir, returning_visits
 from benchmarks.slow_link import slow_link
-from benchmarks.timed_requests import Outcome, RealTimer, Timer, VirtualTimer, offer
+from benchmarks.timed_requests import Outcome, offer
 from block_manager.pool_layout import PoolConfig
 from helm_engine.body_codec import decode_request
 from helm_engine.clock import SystemClock
@@ -52,6 +52,7 @@ from helm_engine.config import EngineConfig, SchedulerConfig
 from helm_engine.engine_core import EngineCore
 from helm_engine.engine_loader import LoadedEngine, load_engine
 from helm_engine.engine_messages import AddRequest
+from helm_engine.simulator.open_loop import RealTimer, Timer, VirtualTimer
 from model_executor.checkpoint import load_config, map_tables, tables_version
 from model_executor.cost_profile import CostProfile
 from model_executor.redis_address import parse_redis_url

@@ -15,6 +15,8 @@ from block_manager.distinct_rows import DistinctRows
 from block_manager.embedding_cache import EmbeddingCache
 from block_manager.page_value import PageValueEstimator, SamplingConfig
 from block_manager.reuse_distance import PageCosts
+from helm_engine.simulator.trace import make_trace
+from helm_engine.simulator.workloads import load_workload
 from model_executor.attention.cpu_fused import compile_kernels
 from model_executor.page_arena import row_addresses
 from model_executor.paged_batch import build_paged_batch
@@ -35,7 +37,7 @@ def _compile_page_values(slot_of_row: npt.NDArray[np.int32]) -> None:
 
 
 def main() -> None:
-    """Compiles both tenants' bookkeeping, what builds a step's arrays, and attention of CPUs."""
+    """Compiles both tenants' books, what builds a step's arrays, attention of CPUs, and draws."""
     BlockPool(np.arange(1))
     row = np.zeros(1, dtype=np.int64)
     distinct, cache = DistinctRows(1), EmbeddingCache(row, rows_per_page=1, num_rows=1)
@@ -50,6 +52,7 @@ def main() -> None:
     request = ScheduledRequest("", 0, row, row, features=row.reshape(1, 1), task=None)
     build_paged_batch([request], 1, torch.device("cpu"))
     compile_kernels()
+    make_trace(load_workload("steady"), seed=0)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from block_manager.page_value import PageValueEstimator, SamplingConfig
+from block_manager.page_value import PageValueEstimator
 from block_manager.pool_layout import PoolLayout, plan_layout
-from block_manager.reuse_distance import PageCosts
 from helm_engine.clock import Clock, SystemClock
 from helm_engine.config import EngineConfig
 from helm_engine.controller.engine_control import build_control
 from helm_engine.engine_core import EngineCore
 from helm_engine.input_processor import InputProcessor, new_user_key
+from helm_engine.page_values import page_value_estimator
 from helm_engine.protocol import parse_request
 from helm_engine.sample_request import sample_request
 from helm_engine.scheduler import build_scheduler
@@ -152,15 +152,7 @@ def _page_values(
     """What watches the worth of pages, where the device's costs are known."""
     if cost_profile is None:
         return None
-    profile = load_cost_profile(cost_profile)
-    return PageValueEstimator(
-        layout.num_pages,
-        layout.rows_per_page,
-        layout.block_tokens,
-        num_rows,
-        PageCosts(profile.prefill_row_ms, profile.attention_pair_ms, profile.row_miss_ms),
-        SamplingConfig(),
-    )
+    return page_value_estimator(load_cost_profile(cost_profile), layout, num_rows)
 
 
 def _warm_up(

@@ -48,14 +48,14 @@ class CostProfile:
 
     def price(self, step: SchedulerOutput) -> StepTimings:
         """Predicted cost of a step, phase by phase."""
-        rows = sum(request.num_rows for request in step.requests)
-        # Row i of a chunk attends to the rows before it and to itself.
-        pairs = sum(
-            request.num_rows * request.start + request.num_rows * (request.num_rows + 1) // 2
-            for request in step.requests
-        )
-        candidates = sum(request.num_candidates for request in step.requests)
-        retrievals = sum(isinstance(request.task, Retrieval) for request in step.requests)
+        rows = pairs = candidates = retrievals = 0
+        for request in step.requests:
+            num_rows = request.num_rows
+            rows += num_rows
+            # Row i of a chunk attends to the rows before it and to itself.
+            pairs += num_rows * request.start + num_rows * (num_rows + 1) // 2
+            candidates += request.num_candidates
+            retrievals += isinstance(request.task, Retrieval)
         missing = int(np.count_nonzero(~step.rows.resident))
         load = self.row_copy_ms * len(step.moves)
         if missing:

@@ -30,6 +30,27 @@ class MovableClock(Protocol):
         ...
 
 
+def nothing_computed(
+    step: SchedulerOutput,
+    timings: StepTimings,
+    refilled: RefillPlan | None = None,
+    refill_failed: RefillPlan | None = None,
+) -> ModelOutput:
+    """The output of a step that scores every candidate 0 and retrieves nothing."""
+    scores = {
+        request.request_id: np.zeros((request.num_candidates, 1), dtype=np.float32)
+        for request in step.requests
+        if isinstance(request.task, CandidateScoring)
+    }
+    nothing = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+    retrieved = {
+        request.request_id: nothing
+        for request in step.requests
+        if isinstance(request.task, Retrieval)
+    }
+    return ModelOutput(scores, retrieved, timings, refilled, refill_failed)
+
+
 class SimulatedExecutor:
     """Prices each step with a cost profile and advances a clock by it; every score is 0.
 
@@ -57,18 +78,7 @@ class SimulatedExecutor:
         self._refill_goes_on(timings.prefill + timings.score)
         self._clock.advance((timings.load + timings.prefill + timings.score) / 1e3)
         self._seen = self._clock.now()
-        scores = {
-            request.request_id: np.zeros((request.num_candidates, 1), dtype=np.float32)
-            for request in step.requests
-            if isinstance(request.task, CandidateScoring)
-        }
-        nothing = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-        retrieved = {
-            request.request_id: nothing
-            for request in step.requests
-            if isinstance(request.task, Retrieval)
-        }
-        return ModelOutput(scores, retrieved, timings, refilled)
+        return nothing_computed(step, timings, refilled)
 
     @property
     def refill_ends(self) -> float | None:

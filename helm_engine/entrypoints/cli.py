@@ -22,6 +22,8 @@ from helm_engine.entrypoints.publish_rows import EXAMPLES as PUBLISH_EXAMPLES
 from helm_engine.entrypoints.publish_rows import publish_rows
 from helm_engine.entrypoints.run_batch import run_batch
 from helm_engine.entrypoints.serve import serve
+from helm_engine.entrypoints.simulate import EXAMPLES as SIMULATE_EXAMPLES
+from helm_engine.entrypoints.simulate import simulate
 from helm_engine.entrypoints.waiting import progress_bar
 from helm_engine.version import __version__
 
@@ -96,6 +98,9 @@ app.command(cls=HelmCommand, epilog=BENCH_EXAMPLES)(bench)
 
 
 app.command(cls=HelmCommand, epilog=BOUNDARY_EXAMPLES)(boundary)
+
+
+app.command(cls=HelmCommand, epilog=SIMULATE_EXAMPLES)(simulate)
 
 
 app.command("publish-rows", cls=HelmCommand, epilog=PUBLISH_EXAMPLES)(publish_rows)

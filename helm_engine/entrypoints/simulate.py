@@ -1,0 +1,159 @@
+"""`helm-engine simulate`: a workload through the engine in virtual time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from helm_engine.entrypoints.command import CommandError
+from helm_engine.entrypoints.waiting import SlowNotice
+
+if TYPE_CHECKING:
+    from helm_engine.simulator.figures import Figures
+
+EXAMPLES = """
+\b
+Examples:
+  helm-engine simulate --workload trend --emb-fraction 0.3
+  helm-engine simulate --workload burst --emb-fraction 0.25 --at 120:0.45 --at 165:0.25
+  helm-engine simulate --workload trend --emb-fraction 0.3 --controller hill_climb
+  helm-engine simulate --workload mine.json --emb-fraction 0.3 --seed 7 --json out.json
+
+\b
+docs/simulator.md has the schema of a workload, and says what is simulated.
+"""
+_DEFAULT_PROFILE = "cpu-slow-redis"
+
+
+def _split(text: str) -> tuple[float, float]:
+    """`SECONDS:SHARE`."""
+    when, _, share = text.partition(":")
+    try:
+        split = float(when), float(share)
+    except ValueError:
+        raise CommandError(f"--at: {text!r} is not SECONDS:SHARE") from None
+    if not (0.0 <= split[0] < float("inf") and 0.0 <= split[1] <= 1.0):
+        raise CommandError(f"--at: {text!r}: seconds are at least 0, the share within 0..1")
+    return split
+
+
+def _checked(
+    controller: str | None, at: list[str], json_file: Path | None, step_log: Path | None
+) -> list[tuple[float, float]]:
+    """Looks at the flags before anything is run; returns the schedule.
+
+    Raises:
+        CommandError: names the flag.
+    """
+    for flag, path in (("--json", json_file), ("--step-log", step_log)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise CommandError(f"{flag}: {path}: cannot be written there")
+    if controller is not None and at:
+        raise CommandError("--at: a controller decides on the split; leave it or --controller out")
+    return [_split(text) for text in at]
+
+
+def simulate(
+    workload: Annotated[
+        str,
+        typer.Option(metavar="NAME|FILE", help="steady, trend, burst, or a .json file."),
+    ],
+    emb_fraction: Annotated[
+        float,
+        typer.Option(metavar="SHARE", min=0.0, max=1.0, help="EMB share of the pages, 0 to 1."),
+    ],
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SECONDS:SHARE",
+            help="Ask for another split so long after the warm-up; repeat it for a schedule.",
+        ),
+    ] = None,
+    controller: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Who moves the boundary (docs/controller.md); not with --at."
+        ),
+    ] = None,
+    profile: Annotated[
+        str,
+        typer.Option(metavar="NAME|FILE", help="What work costs on the device: a cost profile."),
+    ] = _DEFAULT_PROFILE,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
+    ] = None,
+    step_log: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", help="Write what every step did, as NumPy arrays."),
+    ] = None,
+) -> None:
+    """Run a workload through the engine in virtual time."""
+    splits = _checked(controller, at or [], json_file, step_log)
+    from helm_engine.controller.controller_config import ControllerConfig
+    from helm_engine.simulator import figures
+    from helm_engine.simulator.simulation import EngineModel
+    from helm_engine.simulator.simulation import simulate as run
+    from helm_engine.simulator.step_log import write_steps
+    from helm_engine.simulator.trace import make_trace
+    from helm_engine.simulator.workloads import as_json, builtin_or_file, load_workload
+    from model_executor.cost_profile import load_cost_profile
+
+    try:
+        wanted = load_workload(workload)
+        device = load_cost_profile(builtin_or_file("profiles", profile, "profile"))
+        model = EngineModel(
+            wanted.resolved_setting, device, controller=ControllerConfig(name=controller)
+        )
+        schedule = [(wanted.warm_up_s + when, share) for when, share in splits]
+        with SlowNotice() as notice:
+            notice.say("drawing requests")
+            trace = make_trace(wanted, seed)
+            notice.say(f"running {len(trace)} requests")
+            result = run(trace, model, emb_fraction, schedule)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    regimes = figures.figures_by_regime(result)
+    Console().print(_table([*regimes, figures.figures(result)], model.setting.slo_ms))
+    about = {
+        "workload": as_json(wanted),
+        "setting": as_json(model.setting),
+        "profile": asdict(device),
+        "emb_fraction_at_start": emb_fraction,
+        "controller": controller,
+        "schedule": splits,
+        "seed": seed,
+    }
+    try:
+        if json_file is not None:
+            text = json.dumps({**about, "result": figures.as_json(result)}, indent=2)
+            json_file.write_text(text + "\n", encoding="utf-8")
+        if step_log is not None:
+            write_steps(step_log, result.steps)
+    except OSError as error:
+        raise CommandError(f"{error.filename}: {error.strerror}") from error
+
+
+def _table(lines: list[Figures], slo_ms: float) -> Table:
+    """A line for each regime, and one for all."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column("regime")
+    headings = ["requests", "failed", "req/s", "p50 ms", "p99 ms", f"within {slo_ms:g} ms"]
+    for heading in [*headings, "KV hits", "EMB hits", "EMB share"]:
+        table.add_column(heading, justify="right")
+    for line in lines:
+        times = ["-" if one is None else f"{one:.1f}" for one in (line.p50_ms, line.p99_ms)]
+        shares = [
+            "-" if one is None else f"{one:.1%}"
+            for one in (line.slo_share, line.kv_hit_rate, line.emb_hit_rate, line.emb_fraction)
+        ]
+        counts = [str(line.requests), str(line.failed), f"{line.throughput_per_s:.1f}"]
+        table.add_row(line.name, *counts, *times, *shares)
+    return table

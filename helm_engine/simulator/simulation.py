@@ -1,0 +1,194 @@
+"""A trace through the engine in virtual time: its core, scheduler and pool, on a priced device.
+
+Nothing of the engine is rebuilt here. What is simulated is the device, which takes the time that a
+cost profile says, and the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import nan
+
+import numpy as np
+import numpy.typing as npt
+
+from block_manager.pool_layout import PoolConfig, PoolLayout, plan_layout
+from block_manager.refill import RefillConfig
+from helm_engine.clock import VirtualClock
+from helm_engine.config import SchedulerConfig
+from helm_engine.controller.controller_config import ControllerConfig
+from helm_engine.controller.engine_control import build_control
+from helm_engine.engine_core import EngineCore
+from helm_engine.exceptions import HelmError
+from helm_engine.page_values import page_value_estimator
+from helm_engine.request import Request
+from helm_engine.scheduler import build_scheduler
+from helm_engine.simulator.open_loop import VirtualTimer, offer
+from helm_engine.simulator.step_log import StepLog
+from helm_engine.simulator.trace import RULES, Trace
+from helm_engine.simulator.workloads import Setting
+from model_executor.cost_profile import CostProfile
+from model_executor.simulated_executor import SimulatedExecutor
+from model_executor.step import Float32Array
+
+FloatArray = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
+Split = tuple[float, float]
+"""Seconds after the start, and the EMB share of the pages that is asked for then."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineModel:
+    """The engine that a trace is run through."""
+
+    setting: Setting
+    """Sizes of the pool and of what is in it."""
+    profile: CostProfile
+    """What work costs on the device."""
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    refill: RefillConfig | None = None
+    """None = the engine's own budget, on a link that carries what the profile says."""
+
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    """Who moves the boundary; by default nobody but a schedule. Its SLO is the setting's."""
+
+    def refill_budget(self) -> RefillConfig:
+        """How much of the link background loads may take."""
+        if self.refill is not None:
+            return self.refill
+        if not self.profile.row_miss_ms:
+            return RefillConfig()
+        rows_per_s = 1e3 / self.profile.row_miss_ms
+        return RefillConfig(link_bytes_per_s=rows_per_s * self.setting.row_bytes)
+
+    def layout(self, emb_fraction: float) -> PoolLayout:
+        """The pool, split.
+
+        Raises:
+            PoolTooSmallError: it cannot hold what one request may need.
+            ValueError: the share is not within 0..1.
+        """
+        setting = self.setting
+        return plan_layout(
+            PoolConfig(setting.pool_bytes, emb_fraction, setting.block_tokens),
+            kv_bytes_per_token=setting.kv_bytes_per_token,
+            row_bytes=setting.row_bytes,
+            max_context_tokens=setting.max_history,
+            staging_rows=self.scheduler.max_num_batched_tokens,
+        )
+
+
+class SimulatedEngine:
+    """An idle engine in virtual time."""
+
+    def __init__(self, model: EngineModel, emb_fraction: float) -> None:
+        """Splits the pool.
+
+        Raises:
+            PoolTooSmallError: it cannot hold what one request may need.
+            ValueError: the share is not within 0..1, or the controller is unknown.
+        """
+        self.clock = VirtualClock()
+        layout, num_rows = model.layout(emb_fraction), model.setting.num_items
+        is_controlled = model.controller.name is not None
+        self.scheduler = build_scheduler(
+            model.scheduler,
+            layout,
+            num_rows,
+            RULES,
+            page_values=(
+                page_value_estimator(model.profile, layout, num_rows) if is_controlled else None
+            ),
+            refill=model.refill_budget(),
+        )
+        self.log = StepLog(SimulatedExecutor(model.profile, self.clock), self.scheduler, self.clock)
+        control = build_control(
+            replace(model.controller, slo_ms=model.setting.slo_ms), self.scheduler, 0.0
+        )
+        self.core = EngineCore(self.scheduler, self.log, self.clock, control)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a trace's requests. NaN or 0 where one was refused or failed."""
+
+    trace: Trace
+    latencies_ms: FloatArray
+    """From when each was due to its end, float64 [n]."""
+    cached_tokens: Int64Array
+    """Of each history, those whose KV was reused, int64 [n]."""
+    rows_requested: Int64Array
+    """Distinct rows that each needed when it was first scheduled, int64 [n]."""
+    rows_resident: Int64Array
+    """Those of them that were in the pool, int64 [n]."""
+    steps: dict[str, FloatArray]
+    """Columns of the step log."""
+    num_pages: int
+    num_moved_pages: int
+    """In both directions, the warm-up included."""
+
+
+class Ledger:
+    """Writes down how each request ends; see `open_loop.Audience`."""
+
+    def __init__(self, number: int) -> None:
+        self.latencies_ms = np.full(number, nan)
+        self.cached = np.zeros(number, dtype=np.int64)
+        self.requested = np.zeros(number, dtype=np.int64)
+        self.resident = np.zeros(number, dtype=np.int64)
+
+    def ended(self, request: Request, now: float) -> None:
+        """A request has finished or failed."""
+        if request.error is not None:
+            return
+        place = int(request.request_id)
+        self.latencies_ms[place] = (now - request.arrival) * 1e3
+        self.cached[place] = request.cached_tokens
+        self.requested[place] = request.rows_requested
+        self.resident[place] = request.rows_resident
+        # Nobody reads them, and a request may be kept.
+        request.scores = _NO_SCORES
+
+    def refused(self, request: Request, error: HelmError) -> None:
+        """The engine did not take a request: its latency stays NaN."""
+
+
+_NO_SCORES: Float32Array = np.empty((0, 1), dtype=np.float32)
+
+
+def simulate(
+    trace: Trace, model: EngineModel, emb_fraction: float, schedule: Sequence[Split] = ()
+) -> Result:
+    """Runs all requests of a trace open-loop, the warm-up included.
+
+    Args:
+        trace: it is not changed.
+        model: an engine of the trace's setting.
+        emb_fraction: EMB share of the pages at the start, 0..1; floors apply.
+        schedule: when the boundary is asked to go where from then on.
+
+    Raises:
+        PoolTooSmallError: the pool cannot hold what one request may need.
+        ValueError: a share is not within 0..1.
+    """
+    engine = SimulatedEngine(model, emb_fraction)
+    ledger = Ledger(len(trace))
+    requests = (
+        (arrival, partial(trace.request, place))
+        for place, arrival in enumerate(trace.arrivals.tolist())
+    )
+    moves = [(when, partial(engine.core.set_target, share)) for when, share in schedule]
+    offer(engine.core, VirtualTimer(engine.clock), requests, ledger, moves)
+    engine.core.check_nothing_leaked()
+    return Result(
+        trace=trace,
+        latencies_ms=ledger.latencies_ms,
+        cached_tokens=ledger.cached,
+        rows_requested=ledger.requested,
+        rows_resident=ledger.resident,
+        steps=engine.log.columns(),
+        num_pages=engine.scheduler.pool.num_pages,
+        num_moved_pages=engine.scheduler.boundary.num_moved_pages,
+    )

@@ -1,0 +1,72 @@
+"""What every step of a simulation did: a column for each quantity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from helm_engine.clock import Clock
+from helm_engine.scheduler import Scheduler
+from model_executor.executor import Executor
+from model_executor.step import ModelOutput, SchedulerOutput
+
+COLUMNS = (
+    "began_s", "ended_s", "requests", "tokens", "candidates", "rows", "missing_rows",
+    "load_ms", "prefill_ms", "score_ms", "refilled_rows", "moved_rows", "emb_pages",
+    "target_emb_pages",
+)  # fmt: skip
+"""Seconds of the engine's clock; tokens are those computed; rows are the distinct ones that the
+step reads; refilled rows are those of a refill that it found done; pages are as they were while it
+ran."""
+
+
+class StepLog:
+    """Passes steps on to an executor and writes down what they were."""
+
+    def __init__(self, executor: Executor, scheduler: Scheduler, clock: Clock) -> None:
+        self._executor = executor
+        self._scheduler = scheduler
+        self._clock = clock
+        self._lines: list[tuple[float, ...]] = []
+
+    def execute(self, step: SchedulerOutput) -> ModelOutput:
+        """See `Executor.execute`; a step that fails is not written down."""
+        began = self._clock.now()
+        output = self._executor.execute(step)
+        spent, pool = output.timings_ms, self._scheduler.pool
+        self._lines.append(
+            (
+                began,
+                self._clock.now(),
+                len(step.requests),
+                sum(request.num_rows for request in step.requests),
+                sum(request.num_candidates for request in step.requests),
+                len(step.rows.resident),
+                len(step.rows.resident) - int(np.count_nonzero(step.rows.resident)),
+                spent.load,
+                spent.prefill,
+                spent.score,
+                0 if output.refilled is None else len(output.refilled),
+                len(step.moves),
+                pool.num_emb_pages,
+                pool.num_emb_pages + self._scheduler.boundary.lag_pages,
+            )
+        )
+        return output
+
+    def columns(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Each quantity over all steps, float64 [steps]."""
+        lines = np.array(self._lines, dtype=np.float64).reshape(-1, len(COLUMNS))
+        return dict(zip(COLUMNS, lines.T, strict=True))
+
+
+def write_steps(path: Path, steps: dict[str, npt.NDArray[np.float64]]) -> None:
+    """Writes the columns of a log as a NumPy archive (.npz).
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **steps)

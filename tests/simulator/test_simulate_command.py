@@ -1,0 +1,81 @@
+"""`helm-engine simulate`: what it prints, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from helm_engine.entrypoints.cli import app
+from helm_engine.simulator.step_log import COLUMNS
+from helm_engine.simulator.workloads import as_json
+from tests.simulator.small import regime, workload
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["simulate", *arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    path = tmp_path / "mine.json"
+    laws = workload(regime(seconds=4.0), regime(name="second", seconds=4.0, load=2.0))
+    path.write_text(json.dumps(as_json(laws)), encoding="utf-8")
+    return str(path)
+
+
+def test_a_workload_of_ones_own(mine: str, tmp_path: Path) -> None:
+    out, log = tmp_path / "out.json", tmp_path / "steps.npz"
+    wanted = ["--workload", mine, "--emb-fraction", "0.3", "--at", "4:0.6", "--seed", "3"]
+    done = invoke(*wanted, "--json", str(out), "--step-log", str(log))
+    assert done.exit_code == 0, done.stderr
+    for word in ("first", "second", "all", "within 20 ms"):
+        assert word in done.stdout
+    written = json.loads(out.read_text())
+    assert written["workload"] == json.loads(Path(mine).read_text())
+    assert written["seed"] == 3
+    assert written["schedule"] == [[4.0, 0.6]]
+    result = written["result"]
+    assert [one["name"] for one in result["regimes"]] == ["first", "second"]
+    assert sum(one["requests"] for one in result["regimes"]) == result["requests"] > 300
+    assert result["fraction_over_time"]["target"][-1] == pytest.approx(0.6, abs=0.001)
+    with np.load(log) as steps:
+        assert set(steps) == set(COLUMNS)
+        assert (np.diff(steps["began_s"]) > 0).all()
+    again = tmp_path / "again.json"
+    assert invoke(*wanted, "--json", str(again)).exit_code == 0
+    assert again.read_text() == out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["--workload", "nowhere"], "workload: 'nowhere'"),
+        (["--workload", "none/such.json"], "none/such.json: No such file"),
+        (["--profile", "nothing"], "profile: 'nothing'"),
+        (["--emb-fraction", "1.2"], "--emb-fraction: "),
+        (["--at", "soon:0.5"], "--at: 'soon:0.5'"),
+        (["--at", "5:1.5"], "--at: '5:1.5'"),
+        (["--controller", "magic"], "controller: 'magic'"),
+        (["--controller", "static:0.5", "--at", "5:0.5"], "--at: "),
+        (["--json", "no/such/out.json"], "--json: no/such/out.json"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(mine: str, changes: list[str], named: str) -> None:
+    done = invoke("--workload", mine, "--emb-fraction", "0.3", *changes)
+    assert (done.exit_code, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("helm-engine: error: ")
+    assert named in line
+
+
+def test_a_pool_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(as_json(workload(pool_bytes=1000))), encoding="utf-8")
+    done = invoke("--workload", str(path), "--emb-fraction", "0.3")
+    assert done.exit_code == 2
+    assert "pool_bytes: 1000 is too small" in done.stderr
