@@ -317,19 +317,7 @@ class EmbeddingCache:
         limit = min(limit, len(self._free))
         if limit < 1 or not self.wants_refill:
             return None
-        found, seen = row_kernels.find_absent(
-            self.policy.counts,
-            self._slot_of_row,
-            self.policy.deserving(self.num_slots // _REFILL_TIERS[self._refill_tier]),
-            self._refill_hand,
-            min(self._rows_to_scan, _REFILL_WINDOW),
-            limit,
-        )
-        self._refill_hand = (self._refill_hand + seen) % self.num_rows
-        self._rows_to_scan -= seen
-        if not self._rows_to_scan and self._refill_tier < len(_REFILL_TIERS) - 1:
-            self._refill_tier += 1
-            self._rows_to_scan = self.num_rows
+        found = self._find_absent(limit)
         if not len(found):
             return None
         rows = found[_hottest_first(self.policy, found, np.arange(len(found)))]
@@ -337,6 +325,26 @@ class EmbeddingCache:
         self._pages.reserve(slots)
         self._open_refill = RefillPlan(rows, slots)
         return self._open_refill
+
+    def _find_absent(self, limit: int) -> RowIds:
+        """Up to `limit` hot rows without a slot, of the next window of the table: int64 [n]."""
+        found, left = _NOTHING, _REFILL_WINDOW
+        while left and self._rows_to_scan and not len(found):
+            found, seen = row_kernels.find_absent(
+                self.policy.counts,
+                self._slot_of_row,
+                self.policy.deserving(self.num_slots // _REFILL_TIERS[self._refill_tier]),
+                self._refill_hand,
+                min(self._rows_to_scan, left),
+                limit,
+            )
+            left -= seen
+            self._refill_hand = (self._refill_hand + seen) % self.num_rows
+            self._rows_to_scan -= seen
+            if not self._rows_to_scan and self._refill_tier < len(_REFILL_TIERS) - 1:
+                self._refill_tier += 1
+                self._rows_to_scan = self.num_rows
+        return found
 
     def commit_refill(self, refill: RefillPlan) -> None:
         """The rows are in their slots; those that a step loaded meanwhile are dropped again."""

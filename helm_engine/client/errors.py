@@ -50,16 +50,18 @@ class _Body(msgspec.Struct):
     error: _Detail
 
 
-def _classes_by_status() -> dict[int, type[HelmError]]:
-    """Of several classes with one status, which look alike from here, the first."""
-    classes: dict[int, type[HelmError]] = {}
-    for declared in vars(exceptions).values():
-        if isinstance(declared, type) and issubclass(declared, HelmError):
-            classes.setdefault(declared.status, declared)
-    return classes
+def _declared_classes() -> list[type[HelmError]]:
+    """All errors that a server may answer with."""
+    return [
+        declared
+        for declared in vars(exceptions).values()
+        if isinstance(declared, type) and issubclass(declared, HelmError)
+    ]
 
 
-_BY_STATUS = _classes_by_status()
+# Of several classes that look alike from here the first: later ones are overwritten.
+_BY_STATUS = {one.status: one for one in reversed(_declared_classes())}
+_BY_STATUS_AND_TYPE = {(one.status, one.error_type): one for one in reversed(_declared_classes())}
 
 
 def error_of(answer: Answer) -> HelmError:
@@ -82,10 +84,8 @@ def error_of_entry(entry: object) -> HelmError:
 
 
 def _declared(status: int, detail: _Detail) -> HelmError:
-    kind = _BY_STATUS.get(status, HelmError)
-    # A status can mean something else than the class: an unknown path is no unknown model.
-    if kind.error_type != detail.type:
-        kind = HelmError
+    # A status can mean something else than a class: an unknown path is no unknown model.
+    kind = _BY_STATUS_AND_TYPE.get((status, detail.type), HelmError)
     error = kind(detail.message, detail.param)
     error.status, error.error_type = status, detail.type
     return error

@@ -108,8 +108,9 @@ class PlainEMB:
     num_steps: int = 0
     plan: RowPlan | None = None
     refill: RefillPlan | None = None
-    unseen: list[int] = field(default_factory=list)
-    """Rows that a refill has yet to look at, in order."""
+    unseen: list[tuple[int, int]] = field(default_factory=list)
+    """Rows that a refill has yet to look at, in order, the table three times over: each with the
+    share of the slots (16 = a sixteenth) of which it must deserve one."""
     hand: int = 0
     looks_at_all: bool = True
     """Whether the tenant is so small that it looks at all its slots and rows to choose the best."""
@@ -200,10 +201,12 @@ class PlainEMB:
     def grow(self, pages: list[int]) -> None:
         assert not self.pages & set(pages)
         self.pages |= set(pages)
-        self.look_at_all()
+        if pages:
+            self.look_at_all()
 
     def look_at_all(self) -> None:
-        self.unseen = [(self.hand + place) % self.num_rows for place in range(self.num_rows)]
+        ring = [(self.hand + place) % self.num_rows for place in range(self.num_rows)]
+        self.unseen = [(share, row) for share in (16, 4, 1) for row in ring]
 
     def movable(self) -> set[int]:
         """Pages that no load is under way to."""
@@ -245,16 +248,19 @@ class PlainEMB:
             assert refill is None
             return
         counts = sorted(self.heat.values(), reverse=True)
-        num_slots = len(self.pages) * self.rows_per_page
-        # Hotter than the hottest row for which there would be no slot.
-        least = 1 + (counts[num_slots] if len(counts) > num_slots else 0)
         found: list[int] = []
-        last = len(self.unseen) - self.refill_window
+        last, pass_of_found = len(self.unseen) - self.refill_window, 0
         while len(self.unseen) > max(0, last) and len(found) < min(limit, len(self.free)):
-            row = self.unseen.pop(0)
+            if found and self.unseen[0][0] != pass_of_found:
+                break  # What was found in a pass is loaded before the next one begins.
+            share, row = self.unseen.pop(0)
             self.hand = (row + 1) % self.num_rows
+            num_slots = len(self.pages) * self.rows_per_page // share
+            # Hotter than the hottest row for which there would be no slot.
+            least = 1 + (counts[num_slots] if len(counts) > num_slots else 0)
             if self.heat[row] >= least and row not in self.slot_of:
                 found.append(row)
+                pass_of_found = share
         found.sort(key=lambda row: -self.heat[row])
         assert found == ([] if refill is None else refill.row_ids.tolist())
         if refill is not None:
