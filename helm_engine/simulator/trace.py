@@ -14,6 +14,7 @@ from block_manager.block_hash import BlockHash, hash_blocks, root_hash, user_dig
 from helm_engine.request import Request
 from helm_engine.simulator import laws
 from helm_engine.simulator.laws import FloatArray, Int64Array
+from helm_engine.simulator.scaling import check_scale, coarse_hashes, coarse_history, sampled_rows
 from helm_engine.simulator.workloads import Setting, Workload
 from model_executor.capabilities import StepRules
 from model_executor.inputs.features import TokenSequence
@@ -33,6 +34,9 @@ class Trace:
     workload: Workload
     setting: Setting
     seed: int
+    scale: int
+    """Above 1, rows are the sample's, NO_ROW where one is not in it, and blocks stand for so many;
+    see `scaling`."""
     arrivals: FloatArray
     """Seconds after the start, ascending, float64 [n]."""
     regimes: Int64Array
@@ -50,7 +54,7 @@ class Trace:
     candidate_bounds: Int64Array
     """Where each request's begin, and the last's end, int64 [n + 1]."""
     block_hashes: list[list[BlockHash]]
-    """Of the full blocks of each person's longest history."""
+    """Of the full blocks of each person's longest history, or of those that stand for them."""
     user_tags: list[int]
     """Of each person."""
     _no_features: Int64Array
@@ -83,12 +87,17 @@ class Trace:
     def request(self, number: int) -> Request:
         """A new request, which came at its time after the start."""
         tokens, person = self.tokens(number), self._cuts[number][0]
+        hashes, block_tokens = self.block_hashes[person], self.setting.block_tokens
         return Request(
             request_id=str(number),
             tokens=tokens,
             top_k=0,
             excluded_ids=_NOTHING,
-            block_hashes=self.block_hashes[person][: tokens.num_final // self.setting.block_tokens],
+            block_hashes=(
+                hashes[: tokens.num_final // block_tokens]
+                if self.scale == 1
+                else coarse_history(hashes, person, tokens.num_final, block_tokens, self.scale)
+            ),
             arrival=float(self.arrivals[number]),
             user_tag=self.user_tags[person],
         )
@@ -101,6 +110,7 @@ def make_trace(
     setting: Setting | None = None,
     model_version: str = "simulated",
     user_key: bytes = b"simulated",
+    scale: int = 1,
 ) -> Trace:
     """Draws a workload's requests.
 
@@ -110,10 +120,13 @@ def make_trace(
         setting: instead of the workload's own.
         model_version: what block hashes begin with.
         user_key: keys the hashes of users; people are called `user-0` and so on.
+        scale: of the engine that it is for; see `scaling`.
 
     Raises:
-        ValueError: the setting does not fit the workload's regimes; names the field.
+        ValueError: the setting does not fit the workload's regimes, or it is no scale; names the
+            field.
     """
+    check_scale(scale)
     setting = setting or workload.resolved_setting
     sequence = np.random.SeedSequence(seed)
     keys = sequence.generate_state(2, np.uint64)
@@ -153,10 +166,17 @@ def make_trace(
     no_features = np.full((most, 1), NO_ROW, dtype=np.int64)
     begins = starts[visits.people]
     digests = [user_digest(f"user-{person}", user_key) for person in range(visits.num_people)]
+    if scale == 1:
+        hashes = _hashes(events, starts, digests, model_version, setting.block_tokens)
+    else:
+        numbers, _ = sampled_rows(setting, scale)
+        events, candidates = numbers[events], numbers[candidates]
+        hashes = coarse_hashes(longest, digests, setting.block_tokens, scale)
     return Trace(
         workload=workload,
         setting=setting,
         seed=seed,
+        scale=scale,
         arrivals=arrivals,
         regimes=regime,
         people=visits.people,
@@ -165,7 +185,7 @@ def make_trace(
         event_bounds=starts,
         candidates=candidates,
         candidate_bounds=candidate_bounds,
-        block_hashes=_hashes(events, starts, digests, model_version, setting.block_tokens),
+        block_hashes=hashes,
         user_tags=[user_tag(digest) for digest in digests],
         _no_features=no_features,
         _cuts=np.stack(
