@@ -25,6 +25,7 @@ Examples:
   helm-engine simulate --workload burst --emb-fraction 0.25 --at 120:0.45 --at 165:0.25
   helm-engine simulate --workload trend --emb-fraction 0.3 --controller hill_climb
   helm-engine simulate --workload mine.json --emb-fraction 0.3 --seed 7 --json out.json
+  helm-engine simulate --workload trend --emb-fraction 0.3 --scale 16
 
 \b
 docs/simulator.md has the schema of a workload, and says what is simulated.
@@ -87,6 +88,12 @@ def simulate(
         typer.Option(metavar="NAME|FILE", help="What work costs on the device: a cost profile."),
     ] = _DEFAULT_PROFILE,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    scale: Annotated[
+        int,
+        typer.Option(
+            metavar="K", help="Pages and rows that one stands for: 1, 2, 4 ... 64; above 1 cheaper."
+        ),
+    ] = 1,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
     ] = None,
@@ -110,12 +117,15 @@ def simulate(
         wanted = load_workload(workload)
         device = load_cost_profile(builtin_or_file("profiles", profile, "profile"))
         model = EngineModel(
-            wanted.resolved_setting, device, controller=ControllerConfig(name=controller)
+            wanted.resolved_setting,
+            device,
+            controller=ControllerConfig(name=controller),
+            scale=scale,
         )
         schedule = [(wanted.warm_up_s + when, share) for when, share in splits]
         with SlowNotice() as notice:
             notice.say("drawing requests")
-            trace = make_trace(wanted, seed)
+            trace = make_trace(wanted, seed, scale=scale)
             notice.say(f"running {len(trace)} requests")
             result = run(trace, model, emb_fraction, schedule)
     except ValueError as error:
@@ -130,6 +140,7 @@ def simulate(
         "controller": controller,
         "schedule": splits,
         "seed": seed,
+        "scale": scale,
     }
     try:
         if json_file is not None:

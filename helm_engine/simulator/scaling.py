@@ -14,6 +14,7 @@ regulars the share that KV has room for would be told from six of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -53,7 +54,7 @@ def check_scale(scale: int) -> None:
 
 
 def sampled_rows(setting: Setting, scale: int) -> tuple[Int64Array, int]:
-    """Numbers one row in `scale`; the same ones for every seed.
+    """Numbers one row in `scale`: the same ones for every seed.
 
     Items of one rank are alike in popularity whatever their category. Of each rank the same number
     of categories is chosen, by a hash of the rank: which of the few hottest rows are in the sample
@@ -62,13 +63,17 @@ def sampled_rows(setting: Setting, scale: int) -> tuple[Int64Array, int]:
     Returns:
         The number of each row, or NO_ROW, int64 [num_items]; how many are chosen.
     """
-    size = setting.num_items // setting.num_categories
-    items = np.arange(setting.num_items)
-    categories, ranks = np.divmod(items, size)
+    return _sampled_rows(setting.num_items, setting.num_categories, scale)
+
+
+@lru_cache(maxsize=4)
+def _sampled_rows(num_items: int, num_categories: int, scale: int) -> tuple[Int64Array, int]:
+    categories, ranks = np.divmod(np.arange(num_items), num_items // num_categories)
     shifts = (ranks * _GOLDEN & _MASK) * scale >> 32
     chosen = np.flatnonzero((categories + shifts) % scale == 0)
-    numbers = np.full(setting.num_items, NO_ROW, dtype=np.int64)
+    numbers = np.full(num_items, NO_ROW, dtype=np.int64)
     numbers[chosen] = np.arange(len(chosen))
+    numbers.flags.writeable = False
     return numbers, len(chosen)
 
 
