@@ -135,6 +135,7 @@ class SimulatedEngine:
             RULES,
             page_values=model.page_values(layout, num_rows) if is_controlled else None,
             refill=model.refill_budget(),
+            rows_stand_for=scale,
         )
         if scale > 1:
             self.scheduler.kv = CoarseKV(self.scheduler.kv.pool, setting.block_tokens, scale)

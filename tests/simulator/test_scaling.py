@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,11 @@ from hypothesis import strategies as st
 
 from block_manager.block_pool import BlockPool
 from helm_engine.config import SchedulerConfig
+from helm_engine.controller.allocation_controller import AdaptiveController
 from helm_engine.controller.controller_config import ControllerConfig
+from helm_engine.controller.engine_control import EngineControl
+from helm_engine.controller.observation import Observation
+from helm_engine.request import Request
 from helm_engine.simulator.figures import figures
 from helm_engine.simulator.open_loop import VirtualTimer, offer
 from helm_engine.simulator.scaling import (
@@ -49,6 +54,10 @@ def run(scale: int, emb_fraction: float, seed: int = 1, controller: str | None =
     config = ControllerConfig(name=controller)
     model = EngineModel(trace.setting, PROFILE, controller=config, scale=scale)
     return simulate(trace, model, emb_fraction)
+
+
+def requests_of(trace: Trace) -> list[tuple[float, Callable[[], Request]]]:
+    return [(at, partial(trace.request, place)) for place, at in enumerate(trace.arrivals.tolist())]
 
 
 # ---------------------------------------------------------------- what is sampled
@@ -175,37 +184,56 @@ def test_books_add_up_at_a_scale_while_the_boundary_moves() -> None:
     config = ControllerConfig(name="marginal")
     engine = SimulatedEngine(EngineModel(trace.setting, PROFILE, controller=config, scale=8), 0.3)
     check = engine.core.check_integrity
-    requests = [
-        (arrival, partial(trace.request, place)) for place, arrival in enumerate(trace.arrivals)
-    ]
     ledger = Ledger(len(trace))
     every_second = [(float(second), check) for second in range(60)]
-    offer(engine.core, VirtualTimer(engine.clock), requests, ledger, every_second, drain=True)
+    offer(engine.core, VirtualTimer(engine.clock), requests_of(trace), ledger, every_second, drain=True)
     engine.core.check_nothing_leaked()
     assert not np.isnan(ledger.latencies_ms).any()
     assert engine.scheduler.boundary.num_moved_pages > 0
 
 
+class Watching:
+    """A policy that moves nothing."""
+
+    def __init__(self) -> None:
+        self.seen: list[Observation] = []
+
+    def rate(self, observation: Observation) -> float:
+        self.seen.append(observation)
+        return 0.0
+
+    def mean(self, name: str) -> float:
+        """Of what was seen once caches were full."""
+        return float(np.mean([getattr(one, name) for one in self.seen[20:]]))
+
+    def worth(self, name: str) -> float:
+        """Of a page, times the pages of the pool, as the vector has it."""
+        return self.mean(name) * self.seen[0].num_pages
+
+
+def watched(scale: int, emb_fraction: float) -> Watching:
+    trace = make_trace(busy(), 1, scale=scale)
+    # Any controller: what is there to be observed is set up for it.
+    config = ControllerConfig(name="threshold")
+    model = EngineModel(trace.setting, PROFILE, controller=config, scale=scale)
+    engine, policy = SimulatedEngine(model, emb_fraction), Watching()
+    controller = AdaptiveController(policy)
+    engine.core.control = EngineControl(engine.scheduler, controller, trace.setting.slo_ms, 0.0)
+    offer(engine.core, VirtualTimer(engine.clock), requests_of(trace), Ledger(len(trace)))
+    return policy
+
+
 def test_what_a_controller_sees_means_the_same() -> None:
-    seen = {}
-    for scale in (1, SCALE):
-        trace = make_trace(busy(), 1, scale=scale)
-        config = ControllerConfig(name="static:0.4")
-        model = EngineModel(trace.setting, PROFILE, controller=config, scale=scale)
-        engine = SimulatedEngine(model, 0.4)
-        requests = [
-            (arrival, partial(trace.request, place)) for place, arrival in enumerate(trace.arrivals)
-        ]
-        offer(engine.core, VirtualTimer(engine.clock), requests, Ledger(len(trace)))
-        assert engine.core.control is not None
-        seen[scale] = engine.core.control._collector.observe(engine.clock.now())
-    full, small = seen[1], seen[SCALE]
+    full, small = watched(1, 0.1), watched(SCALE, 0.1)
+    assert len(small.seen) == len(full.seen) >= 60
     for name in ("arrival_rate", "hot_user_share", "mean_history_tokens", "num_requests"):
-        assert getattr(small, name) == pytest.approx(getattr(full, name), rel=1e-3)
+        assert small.mean(name) == pytest.approx(full.mean(name), rel=0.01)
     for name in ("kv_hit_rate", "emb_hit_rate", "emb_fraction"):
-        assert getattr(small, name) == pytest.approx(getattr(full, name), abs=0.03)
-    for name in ("foreground_bytes_per_s", "queue_delay_ms", "mean_latency_ms"):
-        assert getattr(small, name) == pytest.approx(getattr(full, name), rel=0.25)
-    for name in ("kv_page_gain_ms", "kv_page_loss_ms", "emb_page_gain_ms", "emb_page_loss_ms"):
-        mine = getattr(small, name) * small.num_pages
-        assert mine == pytest.approx(getattr(full, name) * full.num_pages, rel=0.3)
+        assert small.mean(name) == pytest.approx(full.mean(name), abs=0.02)
+    for name in ("foreground_bytes_per_s", "mean_latency_ms", "p99_over_slo"):
+        assert small.mean(name) == pytest.approx(full.mean(name), rel=0.1)
+    for name in ("kv_page_gain_ms", "kv_page_loss_ms"):
+        assert small.worth(name) == pytest.approx(full.worth(name), rel=0.1)
+    # At either scale the miniatures see a few hundred rows of this small table.
+    for name in ("emb_page_gain_ms", "emb_page_loss_ms"):
+        assert small.worth(name) == pytest.approx(full.worth(name), rel=0.5)
