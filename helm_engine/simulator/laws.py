@@ -27,6 +27,8 @@ _RAMP_PARTS = 256
 """A ramp's load is taken for constant over each."""
 _MAX_ALPHA = 500
 _NOBODY = -1
+_GUIDES = 1 << 15
+"""Parts of 0..1 that are told apart before a rank is searched for."""
 
 
 # ---------------------------------------------------------------- when
@@ -209,11 +211,21 @@ def draw_items(
     """Items of all bags, one bag after the other: int64 [draws]; `key` makes them others."""
     size = setting.num_items // setting.num_categories
     ranks = np.arange(size) + 1.0
-    tables = np.empty((len(regimes), size))
-    for table, law in zip(tables, regimes, strict=True):
-        np.cumsum(ranks**-law.item_zipf, out=table)
-        table /= table[-1]
-    items: Int64Array = _draw(bags.bounds, *bags[1:], *tastes, tables, np.uint64(key))
+    exponents, laws = np.unique([law.item_zipf for law in regimes], return_inverse=True)
+    tables = np.cumsum(ranks ** -exponents[:, None], axis=1)
+    tables /= tables[:, -1:]
+    starts = np.arange(_GUIDES + 1) / _GUIDES
+    guides = np.stack([np.searchsorted(table, starts, side="right") for table in tables])
+    items: Int64Array = _draw(
+        bags.bounds,
+        bags.people,
+        laws[bags.regimes],
+        bags.drift,
+        *tastes,
+        tables,
+        guides.astype(np.int32),
+        np.uint64(key),
+    )
     return items
 
 
@@ -228,34 +240,50 @@ def _uniform(number: Any, key: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
+def _rank_of(draw: Any, table: Any, guide: Any) -> Any:
+    """`np.searchsorted(table, draw, side="right")`, begun from a table of where to look (Chen and
+    Asau, "On generating random variates from an empirical distribution", 1974)."""
+    part = int(draw * _GUIDES)  # Exact, as the number of parts is a power of two.
+    low, high = guide[part], guide[part + 1]
+    while low < high:
+        middle = (low + high) // 2
+        if table[middle] <= draw:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@njit(nogil=True, cache=True)
 def _draw(
     bounds: Any,
     people: Any,
-    regimes: Any,
+    laws: Any,
     drift: Any,
     categories: Any,
     shares: Any,
     tables: Any,
+    guides: Any,
     key: Any,
 ) -> Any:
     items = np.empty(bounds[-1], dtype=np.int64)
     size = tables.shape[1]
     last = categories.shape[1] - 1
     for bag in range(len(people)):
-        person, table, shift = people[bag], tables[regimes[bag]], drift[bag]
+        person, shift = people[bag], drift[bag]
+        table, guide = tables[laws[bag]], guides[laws[bag]]
         for number in range(bounds[bag], bounds[bag + 1]):
             draw = _uniform(2 * number, key)
             place = 0
             while place < last and draw >= shares[person, place]:
                 place += 1
-            rank = np.searchsorted(table, _uniform(2 * number + 1, key), side="right")
+            rank = _rank_of(_uniform(2 * number + 1, key), table, guide)
             item = (min(rank, size - 1) - shift) % size
             items[number] = categories[person, place] * size + item
     return items
 
 
-@njit(nogil=True, cache=True)
-def distinct_items(items: Any, bounds: Any) -> Any:
+def distinct_items(items: Int64Array, bounds: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Distinct items of each bag, ascending, as the engine's front merges equal candidates.
 
     Args:
@@ -265,14 +293,23 @@ def distinct_items(items: Any, bounds: Any) -> Any:
     Returns:
         The items that are left, int64 [m], and where each bag begins and the last ends.
     """
-    kept, new_bounds = np.empty_like(items), np.empty_like(bounds)
+    # All bags at once: one long sort is several times as fast as many short ones.
+    most = int(items.max(initial=0)) + 1
+    bags = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    ordered = np.sort(bags * most + items)
+    kept: tuple[Int64Array, Int64Array] = _drop_repeats(ordered, bounds, most)
+    return kept
+
+
+@njit(nogil=True, cache=True)
+def _drop_repeats(ordered: Any, bounds: Any, most: Any) -> Any:
+    kept, new_bounds = np.empty_like(ordered), np.empty_like(bounds)
     number = 0
     for bag in range(len(bounds) - 1):
         new_bounds[bag] = number
-        ordered = np.sort(items[bounds[bag] : bounds[bag + 1]])
-        for place in range(len(ordered)):
+        for place in range(bounds[bag], bounds[bag + 1]):
             if place == 0 or ordered[place] != ordered[place - 1]:
-                kept[number] = ordered[place]
+                kept[number] = ordered[place] - bag * most
                 number += 1
     new_bounds[-1] = number
     return kept[:number].copy(), new_bounds
