@@ -1,4 +1,4 @@
-"""What `--scale k` changes: figures of the same trace at k = 1 and at others, and what they cost.
+r"""What `--scale k` changes: figures of the same trace at k = 1 and at others, and what they cost.
 
 Each workload of the package with static splits and with controllers. Told are differences to k = 1
 of hit rates (points), of the mean committed share of EMB (over all and, at most, in one regime) and
@@ -6,7 +6,8 @@ the ratio of P99. What a controller does depends on small things; how much is to
 at k = 1 that starts with a share of EMB one point larger (`nudged`). Time is virtual, so no figure
 but the speed depends on the machine; speeds are of processor time, taken in one run.
 
-    python benchmarks/simulator_scale.py --json benchmarks/results/simulator_scale.json --seeds 1,2,3
+    python benchmarks/simulator_scale.py --seeds 1,2,3 \
+        --json benchmarks/results/simulator_scale.json
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ START = 0.3
 NUDGE = 0.01
 """How much larger the share is that the second run of a controller starts with."""
 SCALES = (1, 4, 16, 64)
-QUICK = {"workloads": ("steady",), "shares": (0.4,), "controllers": ("marginal",), "scales": (1, 16)}
+QUICK = {
+    "workloads": ("steady",),
+    "shares": (0.4,),
+    "controllers": ("marginal",),
+    "scales": (1, 16),
+}
 
 BOUNDS = {"kv_points": 1.0, "emb_points": 1.0, "emb_fraction": 0.02, "p99": 0.1}
 """Of absolute differences; P99's is relative."""

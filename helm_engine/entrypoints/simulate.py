@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -17,6 +17,7 @@ from helm_engine.entrypoints.waiting import SlowNotice
 
 if TYPE_CHECKING:
     from helm_engine.simulator.figures import Figures
+    from helm_engine.simulator.simulation import Result
 
 EXAMPLES = """
 \b
@@ -31,6 +32,13 @@ Examples:
 docs/simulator.md has the schema of a workload, and says what is simulated.
 """
 _DEFAULT_PROFILE = "cpu-slow-redis"
+_Scale = Annotated[
+    int,
+    typer.Option(
+        metavar="K",
+        help="Pages and rows that one stands for, a power of two up to 64: cheaper, less exact.",
+    ),
+]
 
 
 def _split(text: str) -> tuple[float, float]:
@@ -88,12 +96,7 @@ def simulate(
         typer.Option(metavar="NAME|FILE", help="What work costs on the device: a cost profile."),
     ] = _DEFAULT_PROFILE,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
-    scale: Annotated[
-        int,
-        typer.Option(
-            metavar="K", help="Pages and rows that one stands for: 1, 2, 4 ... 64; above 1 cheaper."
-        ),
-    ] = 1,
+    scale: _Scale = 1,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
     ] = None,
@@ -108,7 +111,6 @@ def simulate(
     from helm_engine.simulator import figures
     from helm_engine.simulator.simulation import EngineModel
     from helm_engine.simulator.simulation import simulate as run
-    from helm_engine.simulator.step_log import write_steps
     from helm_engine.simulator.trace import make_trace
     from helm_engine.simulator.workloads import as_json, builtin_or_file, load_workload
     from model_executor.cost_profile import load_cost_profile
@@ -142,6 +144,20 @@ def simulate(
         "seed": seed,
         "scale": scale,
     }
+    _write(result, about, json_file, step_log)
+
+
+def _write(
+    result: Result, about: dict[str, Any], json_file: Path | None, step_log: Path | None
+) -> None:
+    """Writes the files that were asked for.
+
+    Raises:
+        CommandError: one cannot be written.
+    """
+    from helm_engine.simulator import figures
+    from helm_engine.simulator.step_log import write_steps
+
     try:
         if json_file is not None:
             text = json.dumps({**about, "result": figures.as_json(result)}, indent=2)

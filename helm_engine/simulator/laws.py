@@ -241,8 +241,10 @@ def _uniform(number: Any, key: Any) -> Any:
 
 @njit(nogil=True, cache=True)
 def _rank_of(draw: Any, table: Any, guide: Any) -> Any:
-    """`np.searchsorted(table, draw, side="right")`, begun from a table of where to look (Chen and
-    Asau, "On generating random variates from an empirical distribution", 1974)."""
+    """`np.searchsorted(table, draw, side="right")`, from a guide of where to begin.
+
+    Chen and Asau, "On generating random variates from an empirical distribution", 1974.
+    """
     part = int(draw * _GUIDES)  # Exact, as the number of parts is a power of two.
     low, high = guide[part], guide[part + 1]
     while low < high:

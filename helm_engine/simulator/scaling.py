@@ -77,8 +77,6 @@ def _sampled_rows(num_items: int, num_categories: int, scale: int) -> tuple[Int6
     return numbers, len(chosen)
 
 
-
-
 # ---------------------------------------------------------------- histories
 
 
@@ -124,9 +122,14 @@ def coarse_hashes(
 def coarse_history(
     hashes: list[BlockHash], person: int, num_tokens: int, block_tokens: int, scale: int
 ) -> CoarseHistory:
-    """A visit's history; `hashes` are of the person's longest, `block_tokens` not of a coarse block.
+    """The history of one visit.
 
-    Phases of people who come one after the other differ as much as they can.
+    Args:
+        hashes: of the coarse blocks of the person's longest history.
+        person: who; phases of those who follow one another differ as much as they can.
+        num_tokens: of the history.
+        block_tokens: of a block that is not coarse.
+        scale: blocks that a coarse one stands for.
     """
     # Fibonacci hashing: multiples of the golden ratio are spread evenly.
     phase = (person * _GOLDEN & _MASK) * scale >> 32
@@ -194,9 +197,7 @@ class CoarseKV(KVCacheManager):
 class CoarsePageValues(PageValueEstimator):
     """What a page is worth that stands for `scale` pages; as many rows are looked at as in full."""
 
-    def __init__(
-        self, profile: CostProfile, layout: PoolLayout, num_rows: int, scale: int
-    ) -> None:
+    def __init__(self, profile: CostProfile, layout: PoolLayout, num_rows: int, scale: int) -> None:
         """Takes the engine's own geometry, of `num_rows` sampled rows, and prices to match."""
         usual = SamplingConfig()
         super().__init__(

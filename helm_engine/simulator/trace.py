@@ -15,7 +15,7 @@ from helm_engine.request import Request
 from helm_engine.simulator import laws
 from helm_engine.simulator.laws import FloatArray, Int64Array
 from helm_engine.simulator.scaling import check_scale, coarse_hashes, coarse_history, sampled_rows
-from helm_engine.simulator.workloads import Setting, Workload
+from helm_engine.simulator.workloads import Regime, Setting, Workload
 from model_executor.capabilities import StepRules
 from model_executor.inputs.features import TokenSequence
 from model_executor.step import NO_ROW
@@ -146,20 +146,8 @@ def make_trace(
     sizes = np.array([one.candidates for one in regimes])[regime]
     shown = laws.Bags(sizes, visits.people, regime, drift)
     drawn = laws.draw_items(setting, regimes, liked, shown, int(keys[0]))
-    # People are numbered by their first visits.
-    first_visits = np.unique(visits.people, return_index=True)[1]
-    firsts = laws.Bags(
-        visits.lengths[first_visits],
-        np.arange(visits.num_people),
-        regime[first_visits],
-        drift[first_visits],
-    )
-    first_items = laws.draw_items(setting, regimes, liked, firsts, int(keys[1]))
-    longest = np.zeros(visits.num_people, dtype=np.int64)
-    np.maximum.at(longest, visits.people, visits.lengths)
-    starts = np.concatenate([[0], np.cumsum(longest)]).astype(np.int64)
-    events = laws.fill_histories(
-        visits.people, visits.lengths, firsts.bounds, first_items, drawn, shown.bounds, starts
+    longest, starts, events = _histories(
+        setting, regimes, liked, visits, regime, drift, drawn, shown, int(keys[1])
     )
     candidates, candidate_bounds = laws.distinct_items(drawn, shown.bounds)
     most = int(max(longest.max(initial=0), sizes.max(initial=0)))
@@ -192,6 +180,36 @@ def make_trace(
             [visits.people, begins, begins + visits.lengths, *_pairs(candidate_bounds)], axis=1
         ).tolist(),
     )
+
+
+def _histories(
+    setting: Setting,
+    regimes: list[Regime],
+    liked: laws.Tastes,
+    visits: laws.Visits,
+    regime: Int64Array,
+    drift: Int64Array,
+    drawn: Int64Array,
+    shown: laws.Bags,
+    key: int,
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Events of each person's longest history, where each person's begin, and all events."""
+    # People are numbered by their first visits.
+    first_visits = np.unique(visits.people, return_index=True)[1]
+    firsts = laws.Bags(
+        visits.lengths[first_visits],
+        np.arange(visits.num_people),
+        regime[first_visits],
+        drift[first_visits],
+    )
+    first_items = laws.draw_items(setting, regimes, liked, firsts, key)
+    longest = np.zeros(visits.num_people, dtype=np.int64)
+    np.maximum.at(longest, visits.people, visits.lengths)
+    starts = np.concatenate([[0], np.cumsum(longest)]).astype(np.int64)
+    events: Int64Array = laws.fill_histories(
+        visits.people, visits.lengths, firsts.bounds, first_items, drawn, shown.bounds, starts
+    )
+    return longest, starts, events
 
 
 def _pairs(bounds: Int64Array) -> tuple[Int64Array, Int64Array]:

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from block_manager.block_pool import BlockPool
+from block_manager.kv_cache_manager import KVCacheManager
+from block_manager.page_value import PageValueEstimator
 from helm_engine.config import SchedulerConfig
 from helm_engine.controller.allocation_controller import AdaptiveController
 from helm_engine.controller.controller_config import ControllerConfig
@@ -144,6 +146,17 @@ def _history(person: int, length: int, scale: int) -> CoarseHistory:
 # ---------------------------------------------------------------- the engine
 
 
+def test_without_a_scale_nothing_of_it_is_there() -> None:
+    trace = make_trace(workload(), 1)
+    assert trace.scale == 1
+    assert type(trace.request(0).block_hashes) is list
+    config = ControllerConfig(name="marginal")
+    engine = SimulatedEngine(EngineModel(trace.setting, PROFILE, controller=config), 0.3)
+    assert type(engine.scheduler.kv) is KVCacheManager
+    assert type(engine.scheduler.page_values) is PageValueEstimator
+    assert engine.scheduler.emb.num_rows == trace.setting.num_items
+
+
 def test_the_engines_geometry_shrinks_and_its_bytes_do_not() -> None:
     model = EngineModel(setting(pool_bytes=64 << 20), PROFILE, SchedulerConfig(256))
     full, small = model.layout(0.3), replace(model, scale=16).layout(0.3)
@@ -186,7 +199,8 @@ def test_books_add_up_at_a_scale_while_the_boundary_moves() -> None:
     check = engine.core.check_integrity
     ledger = Ledger(len(trace))
     every_second = [(float(second), check) for second in range(60)]
-    offer(engine.core, VirtualTimer(engine.clock), requests_of(trace), ledger, every_second, drain=True)
+    timer = VirtualTimer(engine.clock)
+    offer(engine.core, timer, requests_of(trace), ledger, every_second, drain=True)
     engine.core.check_nothing_leaked()
     assert not np.isnan(ledger.latencies_ms).any()
     assert engine.scheduler.boundary.num_moved_pages > 0

@@ -79,7 +79,8 @@ def test_at_a_scale_the_same_requests_meet_a_smaller_engine(mine: str, tmp_path:
     written = []
     for scale in ("1", "4"):
         out = tmp_path / f"{scale}.json"
-        done = invoke("--workload", mine, "--emb-fraction", "0.3", "--scale", scale, "--json", str(out))
+        wanted = ["--workload", mine, "--emb-fraction", "0.3", "--scale", scale]
+        done = invoke(*wanted, "--json", str(out))
         assert done.exit_code == 0, done.stderr
         written.append(json.loads(out.read_text()))
     full, quarter = written
