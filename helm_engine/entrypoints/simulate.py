@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -17,19 +17,20 @@ from helm_engine.entrypoints.waiting import SlowNotice
 
 if TYPE_CHECKING:
     from helm_engine.simulator.figures import Figures
+    from helm_engine.simulator.simulation import Result
 
 EXAMPLES = """
 \b
 Examples:
   helm-engine simulate --workload trend --emb-fraction 0.3
   helm-engine simulate --workload burst --emb-fraction 0.25 --at 120:0.45 --at 165:0.25
+  helm-engine simulate --workload trend --setting production --emb-fraction 0.3
   helm-engine simulate --workload trend --emb-fraction 0.3 --controller hill_climb
   helm-engine simulate --workload mine.json --emb-fraction 0.3 --seed 7 --json out.json
 
 \b
 docs/simulator.md has the schema of a workload, and says what is simulated.
 """
-_DEFAULT_PROFILE = "cpu-slow-redis"
 
 
 def _split(text: str) -> tuple[float, float]:
@@ -69,6 +70,13 @@ def simulate(
         float,
         typer.Option(metavar="SHARE", min=0.0, max=1.0, help="EMB share of the pages, 0 to 1."),
     ],
+    setting: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="dlrmv3, ml100k, production, or a .json file, instead of the workload's own.",
+        ),
+    ] = None,
     at: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,9 +91,12 @@ def simulate(
         ),
     ] = None,
     profile: Annotated[
-        str,
-        typer.Option(metavar="NAME|FILE", help="What work costs on the device: a cost profile."),
-    ] = _DEFAULT_PROFILE,
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="What work costs on the device: a cost profile, instead of the setting's own.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
@@ -101,17 +112,15 @@ def simulate(
     from helm_engine.simulator import figures
     from helm_engine.simulator.simulation import EngineModel
     from helm_engine.simulator.simulation import simulate as run
-    from helm_engine.simulator.step_log import write_steps
     from helm_engine.simulator.trace import make_trace
     from helm_engine.simulator.workloads import as_json, builtin_or_file, load_workload
     from model_executor.cost_profile import load_cost_profile
 
     try:
-        wanted = load_workload(workload)
-        device = load_cost_profile(builtin_or_file("profiles", profile, "profile"))
-        model = EngineModel(
-            wanted.resolved_setting, device, controller=ControllerConfig(name=controller)
-        )
+        wanted = load_workload(workload, setting)
+        data = wanted.resolved_setting
+        device = load_cost_profile(builtin_or_file("profiles", profile or data.profile, "profile"))
+        model = EngineModel(data, device, controller=ControllerConfig(name=controller))
         schedule = [(wanted.warm_up_s + when, share) for when, share in splits]
         with SlowNotice() as notice:
             notice.say("drawing requests")
@@ -131,6 +140,20 @@ def simulate(
         "schedule": splits,
         "seed": seed,
     }
+    _write(json_file, step_log, about, result)
+
+
+def _write(
+    json_file: Path | None, step_log: Path | None, about: dict[str, Any], result: Result
+) -> None:
+    """Writes the files that are asked for.
+
+    Raises:
+        CommandError: names the file.
+    """
+    from helm_engine.simulator import figures
+    from helm_engine.simulator.step_log import write_steps
+
     try:
         if json_file is not None:
             text = json.dumps({**about, "result": figures.as_json(result)}, indent=2)

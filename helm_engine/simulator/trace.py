@@ -12,8 +12,11 @@ import numpy as np
 
 from block_manager.block_hash import BlockHash, hash_blocks, root_hash, user_digest, user_tag
 from helm_engine.request import Request
-from helm_engine.simulator import laws
-from helm_engine.simulator.laws import FloatArray, Int64Array
+from helm_engine.simulator import traffic
+from helm_engine.simulator.events.choice import event_law
+from helm_engine.simulator.events.law import Asked, bounds_of
+from helm_engine.simulator.histories import distinct_items, fill_histories
+from helm_engine.simulator.traffic import FloatArray, Int64Array
 from helm_engine.simulator.workloads import Setting, Workload
 from model_executor.capabilities import StepRules
 from model_executor.inputs.features import TokenSequence
@@ -114,42 +117,42 @@ def make_trace(
     Raises:
         ValueError: the setting does not fit the workload's regimes; names the field.
     """
-    setting = setting or workload.resolved_setting
+    if setting is None:
+        setting = workload.resolved_setting
+    workload.check_fits(setting)
+    law = event_law(setting, workload.regimes)
     sequence = np.random.SeedSequence(seed)
-    keys = sequence.generate_state(2, np.uint64)
-    times, who, lengths, tastes = map(np.random.default_rng, sequence.spawn(4))
-    arrivals = laws.arrival_times(workload, setting.requests_per_s, times)
-    regime = laws.regime_of(workload, arrivals, times)
+    shown_key, first_key = sequence.generate_state(2, np.uint64).tolist()
+    times, who, lengths, items, sizes = map(np.random.default_rng, sequence.spawn(5))
+    arrivals = traffic.arrival_times(workload, setting.requests_per_s, times)
+    regime = traffic.regime_of(workload, arrivals, times)
     regimes = workload.regimes
-    visits = laws.follow_users(
-        laws.draw_users(regimes, regime, setting.num_users, who),
-        laws.draw_first_histories(regimes, regime, setting.max_history, lengths),
-        np.array([one.new_events for one in regimes])[regime],
+    new_events = law.new_events(regime, sizes)
+    visits = traffic.follow_users(
+        traffic.draw_users(regimes, regime, setting.num_users, who),
+        traffic.draw_first_histories(regimes, regime, setting.max_history, lengths),
+        new_events,
         setting.num_users,
         setting.max_history,
     )
-    liked = laws.draw_tastes(setting, visits.num_people, tastes)
-    drift = laws.drift_until(workload, arrivals)
-    sizes = np.array([one.candidates for one in regimes])[regime]
-    shown = laws.Bags(sizes, visits.people, regime, drift)
-    drawn = laws.draw_items(setting, regimes, liked, shown, int(keys[0]))
-    # People are numbered by their first visits.
-    first_visits = np.unique(visits.people, return_index=True)[1]
-    firsts = laws.Bags(
-        visits.lengths[first_visits],
-        np.arange(visits.num_people),
-        regime[first_visits],
-        drift[first_visits],
+    asked = Asked(
+        people=visits.people,
+        lengths=visits.lengths,
+        regimes=regime,
+        candidates=np.array([one.candidates for one in regimes])[regime],
+        new_events=new_events,
+        drift=traffic.drift_until(workload, arrivals),
     )
-    first_items = laws.draw_items(setting, regimes, liked, firsts, int(keys[1]))
+    drawn = law.draw(asked, items, (first_key, shown_key))
     longest = np.zeros(visits.num_people, dtype=np.int64)
     np.maximum.at(longest, visits.people, visits.lengths)
-    starts = np.concatenate([[0], np.cumsum(longest)]).astype(np.int64)
-    events = laws.fill_histories(
-        visits.people, visits.lengths, firsts.bounds, first_items, drawn, shown.bounds, starts
+    starts = bounds_of(longest)
+    shown_bounds = asked.shown_bounds
+    events = fill_histories(
+        visits.people, visits.lengths, asked.first_bounds, *drawn, shown_bounds, starts
     )
-    candidates, candidate_bounds = laws.distinct_items(drawn, shown.bounds)
-    most = int(max(longest.max(initial=0), sizes.max(initial=0)))
+    candidates, candidate_bounds = distinct_items(drawn.shown, shown_bounds)
+    most = int(max(longest.max(initial=0), asked.candidates.max(initial=0)))
     no_features = np.full((most, 1), NO_ROW, dtype=np.int64)
     begins = starts[visits.people]
     digests = [user_digest(f"user-{person}", user_key) for person in range(visits.num_people)]
