@@ -2,8 +2,8 @@
 
 MovieLens-100K has 943 users with 106 events each, far too few of both. It is scaled up as Belletti
 et al. 2019 ("Scalable Realistic Recommendation Datasets through Fractal Expansions", arXiv
-1901.08910; MLPerf's larger MovieLens is made that way) propose, by the Kronecker product of the
-data with themselves. An item is a pair (a, b) of real items: item b of copy a of the catalogue,
+1901.08910) propose, by a Kronecker product: theirs with a small likeness of the data, here with the
+data themselves. An item is a pair (a, b) of real items: item b of copy a of the catalogue,
 1,682 squared in all. A person is a pair of real users: who has walked through a copy as the one
 walked through the catalogue goes on to the copy that the other went on to. So
 
