@@ -171,7 +171,7 @@ class EmbeddingCache:
             self._pages.reserve(granted)
             homeless = np.flatnonzero(slots == NOWHERE)
             staging[homeless] = np.arange(len(homeless))
-        self._open_plan = RowPlan(row_ids, resident, slots, staging)
+        self._open_plan = RowPlan(row_ids, resident, slots, staging, num_missing)
         return self._open_plan
 
     def commit(self, plan: RowPlan) -> None:
