@@ -56,7 +56,7 @@ def main() -> None:
     BlockPool(np.arange(1))
     row = np.zeros(1, dtype=np.int64)
     distinct, cache = DistinctRows(1), EmbeddingCache(row, rows_per_page=1, num_rows=1)
-    distinct.count(row, cache.slot_of_row)
+    distinct.count(row, [1], cache.slot_of_row)
     found = distinct.of(row)
     cache.commit(cache.plan(found.row_ids, found.counts))
     cache.shrink(1)
