@@ -65,13 +65,9 @@ class EmbeddingCache:
         self._slot_of_row = np.full(num_rows, NOWHERE, dtype=np.int32)
         self._row_of_slot = np.full(num_ids, NOWHERE, dtype=np.int32)
         self._last_use = np.zeros(num_ids, dtype=np.int64)
-<<<<<<< HEAD
-        self._free = FreeSlots(num_ids)
+        self._free = FreeSlots(num_pages, rows_per_page)
         self._victim_window = -(-_MIN_VICTIM_WINDOW // rows_stand_for)
         self._refill_window = -(-_REFILL_WINDOW // rows_stand_for)
-=======
-        self._free = FreeSlots(num_pages, rows_per_page)
->>>>>>> 1ecf2bac71f5fec9975804f90dbc902dd660d030
         # Counted and not derived: metrics are read while a step runs on another thread.
         self._num_resident = 0
         self.num_evictions = 0
