@@ -67,7 +67,7 @@ def main() -> None:
     request = ScheduledRequest("", 0, row, row, features=row.reshape(1, 1), task=None)
     build_paged_batch([request], 1, torch.device("cpu"))
     compile_kernels()
-    make_trace(load_workload("steady"), seed=0)
+    make_trace(load_workload("steady"), seed=0, scale=2)
     _compile_event_laws()
 
 
