@@ -41,6 +41,7 @@ class EmbeddingCache:
         num_rows: int,
         num_pages: int | None = None,
         track_dead: bool = False,
+        rows_stand_for: int = 1,
     ) -> None:
         """Takes the EMB tenant's pages; a dense index of `num_rows` finds rows.
 
@@ -50,6 +51,8 @@ class EmbeddingCache:
             num_rows: rows that may be asked for.
             num_pages: every page that ever comes is below it; by default none comes.
             track_dead: slots whose row died are remembered until they are drained.
+            rows_stand_for: rows of a table so many times as large that one here stands for; what
+                is looked at in one go is so many times less.
         """
         if num_pages is None:
             num_pages = int(page_ids.max(initial=-1)) + 1
@@ -61,6 +64,8 @@ class EmbeddingCache:
         self._row_of_slot = np.full(num_ids, NOWHERE, dtype=np.int64)
         self._last_use = np.zeros(num_ids, dtype=np.int64)
         self._free = FreeSlots(num_ids)
+        self._victim_window = -(-_MIN_VICTIM_WINDOW // rows_stand_for)
+        self._refill_window = -(-_REFILL_WINDOW // rows_stand_for)
         # Counted and not derived: metrics are read while a step runs on another thread.
         self._num_resident = 0
         self.num_evictions = 0
@@ -208,7 +213,7 @@ class EmbeddingCache:
             return free
         # The coldest of a window behind a moving hand, which no running step uses.
         victims = row_kernels.colder_slots(
-            self._pages.next_slots(max(_MIN_VICTIM_WINDOW, _VICTIM_WINDOW_FACTOR * len(rest))),
+            self._pages.next_slots(max(self._victim_window, _VICTIM_WINDOW_FACTOR * len(rest))),
             self.policy.hotness(rest),
             self.policy.counts,
             self._row_of_slot,
@@ -328,7 +333,7 @@ class EmbeddingCache:
 
     def _find_absent(self, limit: int) -> RowIds:
         """Up to `limit` hot rows without a slot, of the next window of the table: int64 [n]."""
-        found, left = _NOTHING, _REFILL_WINDOW
+        found, left = _NOTHING, self._refill_window
         while left and self._rows_to_scan and not len(found):
             found, seen = row_kernels.find_absent(
                 self.policy.counts,

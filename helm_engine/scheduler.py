@@ -469,6 +469,7 @@ def build_scheduler(
     page_values: PageValueEstimator | None = None,
     refill: RefillConfig | None = None,
     host_row_bytes: int | None = None,
+    rows_stand_for: int = 1,
 ) -> Scheduler:
     """Builds the pool's books and the scheduler over them."""
     pool = PagePool(layout)
@@ -479,6 +480,7 @@ def build_scheduler(
         num_table_rows,
         layout.num_pages,
         track_dead,
+        rows_stand_for,
     )
     tenant = EmbeddingTenant([WidthClass(emb, miss_ms=1.0)])
     boundary = Boundary(pool, blocks, tenant, layout, config.max_pages_per_step)

@@ -58,8 +58,12 @@ class SimulatedExecutor:
     wait for the rest of one chunk of the refill at most.
     """
 
-    def __init__(self, profile: CostProfile, clock: MovableClock) -> None:
+    def __init__(
+        self, profile: CostProfile, clock: MovableClock, chunk_rows: int = CHUNK_ROWS
+    ) -> None:
+        """A refill is read `chunk_rows` rows at a time."""
         self._profile = profile
+        self._chunk_ms = profile.row_miss_ms * chunk_rows
         self._clock = clock
         self._refill: RefillPlan | None = None
         self._refill_ms = 0.0
@@ -102,7 +106,7 @@ class SimulatedExecutor:
 
     def _wait_for_link(self, step: SchedulerOutput) -> float:
         """Milliseconds until the chunk of a refill that is on the link is through."""
-        chunk_ms = self._profile.row_miss_ms * CHUNK_ROWS
+        chunk_ms = self._chunk_ms
         if self._refill is None or step.rows.resident.all() or not chunk_ms:
             return 0.0
         left = self._refill_ms - self._refill_done_ms

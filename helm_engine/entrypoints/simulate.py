@@ -27,10 +27,25 @@ Examples:
   helm-engine simulate --workload trend --setting production --emb-fraction 0.3
   helm-engine simulate --workload trend --emb-fraction 0.3 --controller hill_climb
   helm-engine simulate --workload mine.json --emb-fraction 0.3 --seed 7 --json out.json
+  helm-engine simulate --workload trend --emb-fraction 0.3 --scale 16
 
 \b
 docs/simulator.md has the schema of a workload, and says what is simulated.
 """
+_Setting = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="dlrmv3, ml100k, production, or a .json file, instead of the workload's own.",
+    ),
+]
+_Scale = Annotated[
+    int,
+    typer.Option(
+        metavar="K",
+        help="Pages and rows that one stands for, a power of two up to 64: cheaper, less exact.",
+    ),
+]
 
 
 def _split(text: str) -> tuple[float, float]:
@@ -70,13 +85,7 @@ def simulate(
         float,
         typer.Option(metavar="SHARE", min=0.0, max=1.0, help="EMB share of the pages, 0 to 1."),
     ],
-    setting: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FILE",
-            help="dlrmv3, ml100k, production, or a .json file, instead of the workload's own.",
-        ),
-    ] = None,
+    setting: _Setting = None,
     at: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,6 +107,7 @@ def simulate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    scale: _Scale = 1,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
     ] = None,
@@ -120,11 +130,11 @@ def simulate(
         wanted = load_workload(workload, setting)
         data = wanted.resolved_setting
         device = load_cost_profile(builtin_or_file("profiles", profile or data.profile, "profile"))
-        model = EngineModel(data, device, controller=ControllerConfig(name=controller))
+        model = EngineModel(data, device, controller=ControllerConfig(name=controller), scale=scale)
         schedule = [(wanted.warm_up_s + when, share) for when, share in splits]
         with SlowNotice() as notice:
             notice.say("drawing requests")
-            trace = make_trace(wanted, seed)
+            trace = make_trace(wanted, seed, scale=scale)
             notice.say(f"running {len(trace)} requests")
             result = run(trace, model, emb_fraction, schedule)
     except ValueError as error:
@@ -139,17 +149,18 @@ def simulate(
         "controller": controller,
         "schedule": splits,
         "seed": seed,
+        "scale": scale,
     }
-    _write(json_file, step_log, about, result)
+    _write(result, about, json_file, step_log)
 
 
 def _write(
-    json_file: Path | None, step_log: Path | None, about: dict[str, Any], result: Result
+    result: Result, about: dict[str, Any], json_file: Path | None, step_log: Path | None
 ) -> None:
-    """Writes the files that are asked for.
+    """Writes the files that were asked for.
 
     Raises:
-        CommandError: names the file.
+        CommandError: one cannot be written.
     """
     from helm_engine.simulator import figures
     from helm_engine.simulator.step_log import write_steps

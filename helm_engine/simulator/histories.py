@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit
+
+Int64Array = npt.NDArray[np.int64]
 
 _NOBODY = -1
 
 
-@njit(nogil=True, cache=True)
-def distinct_items(items: Any, bounds: Any) -> Any:
+def distinct_items(items: Int64Array, bounds: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Distinct items of each bag, ascending, as the engine's front merges equal candidates.
 
     Args:
@@ -21,14 +23,23 @@ def distinct_items(items: Any, bounds: Any) -> Any:
     Returns:
         The items that are left, int64 [m], and where each bag begins and the last ends.
     """
-    kept, new_bounds = np.empty_like(items), np.empty_like(bounds)
+    # All bags at once: one long sort is several times as fast as many short ones.
+    most = int(items.max(initial=0)) + 1
+    bags = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    ordered = np.sort(bags * most + items)
+    kept: tuple[Int64Array, Int64Array] = _drop_repeats(ordered, bounds, most)
+    return kept
+
+
+@njit(nogil=True, cache=True)
+def _drop_repeats(ordered: Any, bounds: Any, most: Any) -> Any:
+    kept, new_bounds = np.empty_like(ordered), np.empty_like(bounds)
     number = 0
     for bag in range(len(bounds) - 1):
         new_bounds[bag] = number
-        ordered = np.sort(items[bounds[bag] : bounds[bag + 1]])
-        for place in range(len(ordered)):
+        for place in range(bounds[bag], bounds[bag + 1]):
             if place == 0 or ordered[place] != ordered[place - 1]:
-                kept[number] = ordered[place]
+                kept[number] = ordered[place] - bag * most
                 number += 1
     new_bounds[-1] = number
     return kept[:number].copy(), new_bounds

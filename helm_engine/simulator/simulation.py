@@ -14,6 +14,7 @@ from math import nan
 import numpy as np
 import numpy.typing as npt
 
+from block_manager.page_value import PageValueEstimator
 from block_manager.pool_layout import PoolConfig, PoolLayout, plan_layout
 from block_manager.refill import RefillConfig
 from helm_engine.clock import VirtualClock
@@ -26,10 +27,12 @@ from helm_engine.page_values import page_value_estimator
 from helm_engine.request import Request
 from helm_engine.scheduler import build_scheduler
 from helm_engine.simulator.open_loop import VirtualTimer, offer
+from helm_engine.simulator.scaling import CoarseKV, CoarsePageValues, check_scale, sampled_rows
 from helm_engine.simulator.step_log import StepLog
 from helm_engine.simulator.trace import RULES, Trace
 from helm_engine.simulator.workloads import Setting
 from model_executor.cost_profile import CostProfile
+from model_executor.row_loader import CHUNK_ROWS
 from model_executor.simulated_executor import SimulatedExecutor
 from model_executor.step import Float32Array
 
@@ -53,6 +56,24 @@ class EngineModel:
 
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     """Who moves the boundary; by default nobody but a schedule. Its SLO is the setting's."""
+    scale: int = 1
+    """Pages and rows that one of the simulated ones stands for, a power of two up to 64."""
+
+    def __post_init__(self) -> None:
+        """Checks the scale.
+
+        Raises:
+            ValueError: it is none.
+        """
+        check_scale(self.scale)
+
+    @property
+    def coarse_profile(self) -> CostProfile:
+        """What work costs where a row stands for `scale` rows."""
+        one, scale = self.profile, self.scale
+        return replace(
+            one, row_miss_ms=one.row_miss_ms * scale, row_copy_ms=one.row_copy_ms * scale
+        )
 
     def refill_budget(self) -> RefillConfig:
         """How much of the link background loads may take."""
@@ -64,20 +85,33 @@ class EngineModel:
         return RefillConfig(link_bytes_per_s=rows_per_s * self.setting.row_bytes)
 
     def layout(self, emb_fraction: float) -> PoolLayout:
-        """The pool, split.
+        """The pool, split; in pages and rows that stand for `scale` of the device's.
 
         Raises:
             PoolTooSmallError: it cannot hold what one request may need.
             ValueError: the share is not within 0..1.
         """
-        setting = self.setting
+        setting, scale = self.setting, self.scale
         return plan_layout(
-            PoolConfig(setting.pool_bytes, emb_fraction, setting.block_tokens),
+            PoolConfig(setting.pool_bytes, emb_fraction, setting.block_tokens * scale),
             kv_bytes_per_token=setting.kv_bytes_per_token,
-            row_bytes=setting.row_bytes,
+            row_bytes=setting.row_bytes * scale,
             max_context_tokens=setting.max_history,
-            staging_rows=self.scheduler.max_num_batched_tokens,
+            staging_rows=-(-self.scheduler.max_num_batched_tokens // scale),
         )
+
+    def scheduler_config(self) -> SchedulerConfig:
+        """That of the engine, with pages that stand for `scale` of the device's."""
+        pages = self.scheduler.max_pages_per_step
+        if pages is not None:
+            pages = -(-pages // self.scale)
+        return replace(self.scheduler, max_pages_per_step=pages)
+
+    def page_values(self, layout: PoolLayout, num_rows: int) -> PageValueEstimator:
+        """What watches the worth of the pages of a layout, over so many rows."""
+        if self.scale == 1:
+            return page_value_estimator(self.profile, layout, num_rows)
+        return CoarsePageValues(self.coarse_profile, layout, num_rows, self.scale)
 
 
 class SimulatedEngine:
@@ -91,19 +125,22 @@ class SimulatedEngine:
             ValueError: the share is not within 0..1, or the controller is unknown.
         """
         self.clock = VirtualClock()
-        layout, num_rows = model.layout(emb_fraction), model.setting.num_items
+        setting, scale, layout = model.setting, model.scale, model.layout(emb_fraction)
+        num_rows = setting.num_items if scale == 1 else sampled_rows(setting, scale)[1]
         is_controlled = model.controller.name is not None
         self.scheduler = build_scheduler(
-            model.scheduler,
+            model.scheduler_config(),
             layout,
             num_rows,
             RULES,
-            page_values=(
-                page_value_estimator(model.profile, layout, num_rows) if is_controlled else None
-            ),
+            page_values=model.page_values(layout, num_rows) if is_controlled else None,
             refill=model.refill_budget(),
+            rows_stand_for=scale,
         )
-        self.log = StepLog(SimulatedExecutor(model.profile, self.clock), self.scheduler, self.clock)
+        if scale > 1:
+            self.scheduler.kv = CoarseKV(self.scheduler.kv.pool, setting.block_tokens, scale)
+        executor = SimulatedExecutor(model.coarse_profile, self.clock, CHUNK_ROWS // scale)
+        self.log = StepLog(executor, self.scheduler, self.clock, scale)
         control = build_control(
             replace(model.controller, slo_ms=model.setting.slo_ms), self.scheduler, 0.0
         )
@@ -120,7 +157,8 @@ class Result:
     cached_tokens: Int64Array
     """Of each history, those whose KV was reused, int64 [n]."""
     rows_requested: Int64Array
-    """Distinct rows that each needed when it was first scheduled, int64 [n]."""
+    """Distinct rows that each needed when it was first scheduled, int64 [n]; at a scale, those of
+    the sample times the scale, as all rows here."""
     rows_resident: Int64Array
     """Those of them that were in the pool, int64 [n]."""
     steps: dict[str, FloatArray]
@@ -165,14 +203,17 @@ def simulate(
 
     Args:
         trace: it is not changed.
-        model: an engine of the trace's setting.
+        model: an engine of the trace's setting and scale.
         emb_fraction: EMB share of the pages at the start, 0..1; floors apply.
         schedule: when the boundary is asked to go where from then on.
 
     Raises:
         PoolTooSmallError: the pool cannot hold what one request may need.
-        ValueError: a share is not within 0..1.
+        ValueError: a share is not within 0..1, or the trace was drawn for another scale.
     """
+    scale = model.scale
+    if trace.scale != scale:
+        raise ValueError(f"scale: the trace was drawn for {trace.scale}, the engine is at {scale}")
     engine = SimulatedEngine(model, emb_fraction)
     ledger = Ledger(len(trace))
     requests = (
@@ -186,9 +227,9 @@ def simulate(
         trace=trace,
         latencies_ms=ledger.latencies_ms,
         cached_tokens=ledger.cached,
-        rows_requested=ledger.requested,
-        rows_resident=ledger.resident,
+        rows_requested=ledger.requested * scale,
+        rows_resident=ledger.resident * scale,
         steps=engine.log.columns(),
-        num_pages=engine.scheduler.pool.num_pages,
-        num_moved_pages=engine.scheduler.boundary.num_moved_pages,
+        num_pages=engine.scheduler.pool.num_pages * scale,
+        num_moved_pages=engine.scheduler.boundary.num_moved_pages * scale,
     )

@@ -21,14 +21,20 @@ COLUMNS = (
 step reads; refilled rows are those of a refill that it found done; pages are as they were while it
 ran."""
 
+_SCALED = ("rows", "missing_rows", "refilled_rows", "moved_rows", "emb_pages", "target_emb_pages")
+"""What is told in the device's own pages and rows, however many of them one stands for."""
+
 
 class StepLog:
     """Passes steps on to an executor and writes down what they were."""
 
-    def __init__(self, executor: Executor, scheduler: Scheduler, clock: Clock) -> None:
+    def __init__(
+        self, executor: Executor, scheduler: Scheduler, clock: Clock, scale: int = 1
+    ) -> None:
         self._executor = executor
         self._scheduler = scheduler
         self._clock = clock
+        self._scale = scale
         self._lines: list[tuple[float, ...]] = []
 
     def execute(self, step: SchedulerOutput) -> ModelOutput:
@@ -59,7 +65,10 @@ class StepLog:
     def columns(self) -> dict[str, npt.NDArray[np.float64]]:
         """Each quantity over all steps, float64 [steps]."""
         lines = np.array(self._lines, dtype=np.float64).reshape(-1, len(COLUMNS))
-        return dict(zip(COLUMNS, lines.T, strict=True))
+        columns = dict(zip(COLUMNS, lines.T, strict=True))
+        for name in _SCALED:
+            columns[name] *= self._scale
+        return columns
 
 
 def write_steps(path: Path, steps: dict[str, npt.NDArray[np.float64]]) -> None:

@@ -14,8 +14,9 @@ from block_manager.block_hash import BlockHash, hash_blocks, root_hash, user_dig
 from helm_engine.request import Request
 from helm_engine.simulator import traffic
 from helm_engine.simulator.events.choice import event_law
-from helm_engine.simulator.events.law import Asked, bounds_of
+from helm_engine.simulator.events.law import Asked, Drawn, bounds_of
 from helm_engine.simulator.histories import distinct_items, fill_histories
+from helm_engine.simulator.scaling import check_scale, coarse_hashes, coarse_history, sampled_rows
 from helm_engine.simulator.traffic import FloatArray, Int64Array
 from helm_engine.simulator.workloads import Setting, Workload
 from model_executor.capabilities import StepRules
@@ -36,6 +37,9 @@ class Trace:
     workload: Workload
     setting: Setting
     seed: int
+    scale: int
+    """Above 1, rows are the sample's, NO_ROW where one is not in it, and blocks stand for so many;
+    see `scaling`."""
     arrivals: FloatArray
     """Seconds after the start, ascending, float64 [n]."""
     regimes: Int64Array
@@ -53,7 +57,7 @@ class Trace:
     candidate_bounds: Int64Array
     """Where each request's begin, and the last's end, int64 [n + 1]."""
     block_hashes: list[list[BlockHash]]
-    """Of the full blocks of each person's longest history."""
+    """Of the full blocks of each person's longest history, or of those that stand for them."""
     user_tags: list[int]
     """Of each person."""
     _no_features: Int64Array
@@ -86,12 +90,17 @@ class Trace:
     def request(self, number: int) -> Request:
         """A new request, which came at its time after the start."""
         tokens, person = self.tokens(number), self._cuts[number][0]
+        hashes, block_tokens = self.block_hashes[person], self.setting.block_tokens
         return Request(
             request_id=str(number),
             tokens=tokens,
             top_k=0,
             excluded_ids=_NOTHING,
-            block_hashes=self.block_hashes[person][: tokens.num_final // self.setting.block_tokens],
+            block_hashes=(
+                hashes[: tokens.num_final // block_tokens]
+                if self.scale == 1
+                else coarse_history(hashes, person, tokens.num_final, block_tokens, self.scale)
+            ),
             arrival=float(self.arrivals[number]),
             user_tag=self.user_tags[person],
         )
@@ -104,6 +113,7 @@ def make_trace(
     setting: Setting | None = None,
     model_version: str = "simulated",
     user_key: bytes = b"simulated",
+    scale: int = 1,
 ) -> Trace:
     """Draws a workload's requests.
 
@@ -113,20 +123,63 @@ def make_trace(
         setting: instead of the workload's own.
         model_version: what block hashes begin with.
         user_key: keys the hashes of users; people are called `user-0` and so on.
+        scale: of the engine that it is for; see `scaling`.
 
     Raises:
-        ValueError: the setting does not fit the workload's regimes; names the field.
+        ValueError: the setting does not fit the workload's regimes, or it is no scale; names the
+            field.
     """
+    check_scale(scale)
     if setting is None:
         setting = workload.resolved_setting
     workload.check_fits(setting)
-    law = event_law(setting, workload.regimes)
+    arrivals, asked, drawn = _draw(workload, setting, seed)
+    people, lengths = asked.people, asked.lengths
+    longest = np.zeros(asked.num_people, dtype=np.int64)
+    np.maximum.at(longest, people, lengths)
+    starts, shown_bounds = bounds_of(longest), asked.shown_bounds
+    events = fill_histories(people, lengths, asked.first_bounds, *drawn, shown_bounds, starts)
+    candidates, candidate_bounds = distinct_items(drawn.shown, shown_bounds)
+    most = int(max(longest.max(initial=0), asked.candidates.max(initial=0)))
+    no_features = np.full((most, 1), NO_ROW, dtype=np.int64)
+    begins = starts[people]
+    digests = [user_digest(f"user-{person}", user_key) for person in range(len(longest))]
+    if scale == 1:
+        hashes = _hashes(events, starts, digests, model_version, setting.block_tokens)
+    else:
+        numbers, _ = sampled_rows(setting, scale)
+        events, candidates = numbers[events], numbers[candidates]
+        hashes = coarse_hashes(longest, digests, setting.block_tokens, scale)
+    return Trace(
+        workload=workload,
+        setting=setting,
+        seed=seed,
+        scale=scale,
+        arrivals=arrivals,
+        regimes=asked.regimes,
+        people=people,
+        lengths=lengths,
+        events=events,
+        event_bounds=starts,
+        candidates=candidates,
+        candidate_bounds=candidate_bounds,
+        block_hashes=hashes,
+        user_tags=[user_tag(digest) for digest in digests],
+        _no_features=no_features,
+        _cuts=np.stack(
+            [people, begins, begins + lengths, *_pairs(candidate_bounds)], axis=1
+        ).tolist(),
+    )
+
+
+def _draw(workload: Workload, setting: Setting, seed: int) -> tuple[FloatArray, Asked, Drawn]:
+    """When requests come, who makes them, and with which items."""
+    law, regimes = event_law(setting, workload.regimes), workload.regimes
     sequence = np.random.SeedSequence(seed)
     shown_key, first_key = sequence.generate_state(2, np.uint64).tolist()
     times, who, lengths, items, sizes = map(np.random.default_rng, sequence.spawn(5))
     arrivals = traffic.arrival_times(workload, setting.requests_per_s, times)
     regime = traffic.regime_of(workload, arrivals, times)
-    regimes = workload.regimes
     new_events = law.new_events(regime, sizes)
     visits = traffic.follow_users(
         traffic.draw_users(regimes, regime, setting.num_users, who),
@@ -143,38 +196,7 @@ def make_trace(
         new_events=new_events,
         drift=traffic.drift_until(workload, arrivals),
     )
-    drawn = law.draw(asked, items, (first_key, shown_key))
-    longest = np.zeros(visits.num_people, dtype=np.int64)
-    np.maximum.at(longest, visits.people, visits.lengths)
-    starts = bounds_of(longest)
-    shown_bounds = asked.shown_bounds
-    events = fill_histories(
-        visits.people, visits.lengths, asked.first_bounds, *drawn, shown_bounds, starts
-    )
-    candidates, candidate_bounds = distinct_items(drawn.shown, shown_bounds)
-    most = int(max(longest.max(initial=0), asked.candidates.max(initial=0)))
-    no_features = np.full((most, 1), NO_ROW, dtype=np.int64)
-    begins = starts[visits.people]
-    digests = [user_digest(f"user-{person}", user_key) for person in range(visits.num_people)]
-    return Trace(
-        workload=workload,
-        setting=setting,
-        seed=seed,
-        arrivals=arrivals,
-        regimes=regime,
-        people=visits.people,
-        lengths=visits.lengths,
-        events=events,
-        event_bounds=starts,
-        candidates=candidates,
-        candidate_bounds=candidate_bounds,
-        block_hashes=_hashes(events, starts, digests, model_version, setting.block_tokens),
-        user_tags=[user_tag(digest) for digest in digests],
-        _no_features=no_features,
-        _cuts=np.stack(
-            [visits.people, begins, begins + visits.lengths, *_pairs(candidate_bounds)], axis=1
-        ).tolist(),
-    )
+    return arrivals, asked, law.draw(asked, items, (first_key, shown_key))
 
 
 def _pairs(bounds: Int64Array) -> tuple[Int64Array, Int64Array]:

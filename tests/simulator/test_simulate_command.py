@@ -73,6 +73,8 @@ def test_a_setting_and_its_device_or_another_one(mine: str, tmp_path: Path) -> N
         (["--emb-fraction", "1.2"], "--emb-fraction: "),
         (["--at", "soon:0.5"], "--at: 'soon:0.5'"),
         (["--at", "5:1.5"], "--at: '5:1.5'"),
+        (["--scale", "3"], "scale: must be a power of two from 1 to 64, not 3"),
+        (["--scale", "128"], "scale: must be a power of two from 1 to 64, not 128"),
         (["--controller", "magic"], "controller: 'magic'"),
         (["--controller", "static:0.5", "--at", "5:0.5"], "--at: "),
         (["--json", "no/such/out.json"], "--json: no/such/out.json"),
@@ -84,6 +86,20 @@ def test_what_is_wrong_is_named_in_one_line(mine: str, changes: list[str], named
     (line,) = done.stderr.splitlines()
     assert line.startswith("helm-engine: error: ")
     assert named in line
+
+
+def test_at_a_scale_the_same_requests_meet_a_smaller_engine(mine: str, tmp_path: Path) -> None:
+    written = []
+    for scale in ("1", "4"):
+        out = tmp_path / f"{scale}.json"
+        wanted = ["--workload", mine, "--emb-fraction", "0.3", "--scale", scale]
+        done = invoke(*wanted, "--json", str(out))
+        assert done.exit_code == 0, done.stderr
+        written.append(json.loads(out.read_text()))
+    full, quarter = written
+    assert (full["scale"], quarter["scale"]) == (1, 4)
+    assert quarter["result"]["requests"] == full["result"]["requests"]
+    assert quarter["result"]["emb_fraction"] == pytest.approx(0.3, abs=0.005)
 
 
 def test_a_pool_that_is_too_small_is_refused(tmp_path: Path) -> None:

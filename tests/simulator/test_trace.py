@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from block_manager.block_hash import hash_blocks, root_hash, user_digest, user_tag
+from helm_engine.simulator.events.dlrmv3 import Dlrmv3Law, draw_tastes
+from helm_engine.simulator.events.law import Asked
+from helm_engine.simulator.histories import distinct_items
 from helm_engine.simulator.trace import Trace, make_trace
-from tests.simulator.small import regime, workload
+from tests.simulator.small import regime, setting, workload
 
 
 def history(trace: Trace, number: int) -> list[int]:
@@ -127,6 +133,46 @@ def test_first_histories_have_the_stated_mean_and_spread() -> None:
     assert len(first) > 3000
     assert sigmas(first.mean(), 100, 30 / len(first) ** 0.5) < 4
     assert first.std() == pytest.approx(30, rel=0.05)
+
+
+def uniform(number: int, key: int) -> float:
+    """SplitMix64, written once more."""
+    mask = (1 << 64) - 1
+    bits = ((number + 1) * 0x9E3779B97F4A7C15 + key) & mask
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & mask
+    return ((bits ^ (bits >> 31)) >> 11) * 2.0**-53
+
+
+@pytest.mark.parametrize("item_zipf", [0.0, 0.7, 2.5])
+def test_items_are_drawn_as_plain_searches_would_draw_them(item_zipf: float) -> None:
+    laws_of = [regime(item_zipf=1.1), regime(item_zipf=item_zipf), regime(item_zipf=1.1)]
+    liked = draw_tastes(3, 6, 2, np.random.default_rng(1))
+    people, numbers, drifts, sizes = [0, 1, 2], [1, 0, 2], [0, 5, 1234], [400, 0, 900]
+    ones = np.ones(3, dtype=np.int64)
+    asked = Asked(*map(np.array, (people, sizes, numbers, ones, ones, drifts)))
+    law = Dlrmv3Law(setting(), laws_of)
+    drawn = law.draw(asked, np.random.default_rng(1), (77, 78)).first_histories.tolist()
+    expected: list[int] = []
+    for size, person, number, drift in zip(sizes, people, numbers, drifts, strict=True):
+        table = np.cumsum(np.arange(1.0, 1001.0) ** -(laws_of[number].item_zipf or 0.0))
+        table /= table[-1]
+        for _ in range(size):
+            place = len(expected)
+            shares = liked.bounds[person][:-1]
+            category = np.searchsorted(shares, uniform(2 * place, 77), side="right")
+            rank = np.searchsorted(table, uniform(2 * place + 1, 77), side="right")
+            expected.append(int(liked.categories[person][category] * 1000 + (rank - drift) % 1000))
+    assert drawn == expected
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6))
+def test_equal_candidates_of_a_request_count_once(bags: list[list[int]]) -> None:
+    items = np.array([item for bag in bags for item in bag], dtype=np.int64)
+    bounds = np.cumsum([0, *map(len, bags)])
+    kept, new_bounds = distinct_items(items, bounds)
+    found = [kept[a:b].tolist() for a, b in pairwise(new_bounds)]
+    assert found == [sorted(set(bag)) for bag in bags]
 
 
 def ranks(trace: Trace, numbers: Any) -> Any:

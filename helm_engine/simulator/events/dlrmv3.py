@@ -22,6 +22,8 @@ from helm_engine.simulator.workloads import Regime, Setting
 FloatArray = npt.NDArray[np.float64]
 
 _MAX_ALPHA = 500
+_GUIDES = 1 << 15
+"""Parts of 0..1 that are told apart before a rank is searched for."""
 
 
 class Dlrmv3Law:
@@ -34,8 +36,7 @@ class Dlrmv3Law:
         self._num_categories = setting.num_categories
         self._categories_per_user = setting.categories_per_user
         self._new_events = np.array([one.new_events for one in regimes], dtype=np.int64)
-        exponents = [one.item_zipf for one in regimes if one.item_zipf is not None]
-        self._ranks = _cumulated_ranks(setting.num_items // self._num_categories, exponents)
+        self._popularity = _popularity(setting.num_items // self._num_categories, regimes)
 
     def new_events(self, regimes: Int64Array, rng: np.random.Generator) -> Int64Array:
         """See `EventLaw.new_events`."""
@@ -44,27 +45,19 @@ class Dlrmv3Law:
 
     def draw(self, asked: Asked, rng: np.random.Generator, keys: tuple[int, int]) -> Drawn:
         """See `EventLaw.draw`."""
-        tastes = self._draw_tastes(asked.num_people, rng)
-        firsts = asked.first_visits
-        begun = asked.people[firsts], asked.regimes[firsts], asked.drift[firsts]
-        shown = asked.people, asked.regimes, asked.drift
+        tastes = draw_tastes(asked.num_people, self._num_categories, self._categories_per_user, rng)
+        popularity, firsts = self._popularity, asked.first_visits
+        laws = popularity.law_of_regime[asked.regimes]
+        begun = asked.people[firsts], laws[firsts], asked.drift[firsts]
+        shown = asked.people, laws, asked.drift
+        of_ranks = popularity.cumulated, popularity.guides
         return Drawn(
-            _draw(asked.first_bounds, *begun, *tastes, self._ranks, np.uint64(keys[0])),
-            _draw(asked.shown_bounds, *shown, *tastes, self._ranks, np.uint64(keys[1])),
+            _draw(asked.first_bounds, *begun, *tastes, *of_ranks, np.uint64(keys[0])),
+            _draw(asked.shown_bounds, *shown, *tastes, *of_ranks, np.uint64(keys[1])),
         )
 
-    def _draw_tastes(self, num_people: int, rng: np.random.Generator) -> _Tastes:
-        size = self._categories_per_user
-        keys = rng.random((num_people, self._num_categories))
-        categories = np.argpartition(keys, size - 1, axis=1)[:, :size].astype(np.int64)
-        alphas = rng.integers(1, _MAX_ALPHA, size=(num_people, 1), endpoint=True)
-        weights = rng.standard_gamma(np.broadcast_to(alphas / size, (num_people, size)))
-        bounds = np.cumsum(weights + 1e-300, axis=1)
-        bounds /= bounds[:, -1:]
-        return _Tastes(categories, bounds)
 
-
-class _Tastes(NamedTuple):
+class Tastes(NamedTuple):
     """What people like."""
 
     categories: Int64Array
@@ -73,25 +66,68 @@ class _Tastes(NamedTuple):
     """Cumulated shares of them, the last is 1, float64 [people, categories]."""
 
 
-def _cumulated_ranks(size: int, exponents: list[float]) -> FloatArray:
-    """Cumulated shares of a category's ranks in each regime, float64 [regimes, size]."""
-    ranks = np.arange(size) + 1.0
-    tables = np.empty((len(exponents), size))
-    for table, exponent in zip(tables, exponents, strict=True):
-        np.cumsum(ranks**-exponent, out=table)
-        table /= table[-1]
-    return tables
+def draw_tastes(
+    num_people: int, num_categories: int, categories_per_user: int, rng: np.random.Generator
+) -> Tastes:
+    """Tastes of so many people."""
+    keys = rng.random((num_people, num_categories))
+    size = categories_per_user
+    categories = np.argpartition(keys, size - 1, axis=1)[:, :size].astype(np.int64)
+    alphas = rng.integers(1, _MAX_ALPHA, size=(num_people, 1), endpoint=True)
+    weights = rng.standard_gamma(np.broadcast_to(alphas / size, (num_people, size)))
+    bounds = np.cumsum(weights + 1e-300, axis=1)
+    bounds /= bounds[:, -1:]
+    return Tastes(categories, bounds)
+
+
+class _Popularity(NamedTuple):
+    """Of the ranks of a category; regimes of one exponent share a law."""
+
+    law_of_regime: Int64Array
+    cumulated: FloatArray
+    """Shares, float64 [laws, ranks]."""
+    guides: npt.NDArray[np.int32]
+    """Where the search begins for each part of 0..1, int32 [laws, parts + 1]."""
+
+
+def _popularity(size: int, regimes: list[Regime]) -> _Popularity:
+    exponents, laws = np.unique(
+        [one.item_zipf for one in regimes if one.item_zipf is not None], return_inverse=True
+    )
+    cumulated = np.cumsum((np.arange(size) + 1.0) ** -exponents[:, None], axis=1)
+    cumulated /= cumulated[:, -1:]
+    starts = np.arange(_GUIDES + 1) / _GUIDES
+    guides = np.stack([np.searchsorted(one, starts, side="right") for one in cumulated])
+    return _Popularity(laws, cumulated, guides.astype(np.int32))
+
+
+@njit(nogil=True, cache=True)
+def _rank_of(draw: Any, table: Any, guide: Any) -> Any:
+    """`np.searchsorted(table, draw, side="right")`, from a guide of where to begin.
+
+    Chen and Asau, "On generating random variates from an empirical distribution", 1974.
+    """
+    part = int(draw * _GUIDES)  # Exact, as the number of parts is a power of two.
+    low, high = guide[part], guide[part + 1]
+    while low < high:
+        middle = (low + high) // 2
+        if table[middle] <= draw:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 @njit(nogil=True, cache=True)
 def _draw(
     bounds: Any,
     people: Any,
-    regimes: Any,
+    laws: Any,
     drift: Any,
     categories: Any,
     shares: Any,
     tables: Any,
+    guides: Any,
     key: Any,
 ) -> Any:
     """Items of all bags: each is drawn by one person under one regime at one time."""
@@ -99,13 +135,14 @@ def _draw(
     size = tables.shape[1]
     last = categories.shape[1] - 1
     for bag in range(len(people)):
-        person, table, shift = people[bag], tables[regimes[bag]], drift[bag]
+        person, shift = people[bag], drift[bag]
+        table, guide = tables[laws[bag]], guides[laws[bag]]
         for number in range(bounds[bag], bounds[bag + 1]):
             draw = uniform(2 * number, key)
             place = 0
             while place < last and draw >= shares[person, place]:
                 place += 1
-            rank = np.searchsorted(table, uniform(2 * number + 1, key), side="right")
+            rank = _rank_of(uniform(2 * number + 1, key), table, guide)
             item = (min(rank, size - 1) - shift) % size
             items[number] = categories[person, place] * size + item
     return items
