@@ -89,7 +89,7 @@ def test_a_workload_runs_over_it() -> None:
 
 
 def test_a_sample_of_the_rows_has_its_part_of_the_lookups() -> None:
-    """What `--scale` relies on. The hottest hundredth, of a few rows each a share, is always in EMB."""
+    """What `--scale` relies on, but for the hottest hundredth, which EMB always has."""
     sizes = setting(
         data="production", num_items=200_000, num_categories=None, categories_per_user=None
     )
