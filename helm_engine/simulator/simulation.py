@@ -6,7 +6,7 @@ cost profile says, and the clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import nan
@@ -19,8 +19,9 @@ from block_manager.pool_layout import PoolConfig, PoolLayout, plan_layout
 from block_manager.refill import RefillConfig
 from helm_engine.clock import VirtualClock
 from helm_engine.config import SchedulerConfig
+from helm_engine.controller.allocation_controller import AllocationController
 from helm_engine.controller.controller_config import ControllerConfig
-from helm_engine.controller.engine_control import build_control
+from helm_engine.controller.engine_control import EngineControl, build_control
 from helm_engine.engine_core import EngineCore
 from helm_engine.exceptions import HelmError
 from helm_engine.page_values import page_value_estimator
@@ -117,8 +118,18 @@ class EngineModel:
 class SimulatedEngine:
     """An idle engine in virtual time."""
 
-    def __init__(self, model: EngineModel, emb_fraction: float) -> None:
+    def __init__(
+        self,
+        model: EngineModel,
+        emb_fraction: float,
+        controller: AllocationController | None = None,
+    ) -> None:
         """Splits the pool.
+
+        Args:
+            model: sizes, costs, and who moves the boundary.
+            emb_fraction: EMB share of the pages, 0..1; floors apply.
+            controller: moves the boundary instead of the one that the model names.
 
         Raises:
             PoolTooSmallError: it cannot hold what one request may need.
@@ -127,7 +138,7 @@ class SimulatedEngine:
         self.clock = VirtualClock()
         setting, scale, layout = model.setting, model.scale, model.layout(emb_fraction)
         num_rows = setting.num_items if scale == 1 else sampled_rows(setting, scale)[1]
-        is_controlled = model.controller.name is not None
+        is_controlled = model.controller.name is not None or controller is not None
         self.scheduler = build_scheduler(
             model.scheduler_config(),
             layout,
@@ -141,8 +152,10 @@ class SimulatedEngine:
             self.scheduler.kv = CoarseKV(self.scheduler.kv.pool, setting.block_tokens, scale)
         executor = SimulatedExecutor(model.coarse_profile, self.clock, CHUNK_ROWS // scale)
         self.log = StepLog(executor, self.scheduler, self.clock, scale)
-        control = build_control(
-            replace(model.controller, slo_ms=model.setting.slo_ms), self.scheduler, 0.0
+        control = (
+            build_control(replace(model.controller, slo_ms=setting.slo_ms), self.scheduler, 0.0)
+            if controller is None
+            else EngineControl(self.scheduler, controller, setting.slo_ms, 0.0)
         )
         self.core = EngineCore(self.scheduler, self.log, self.clock, control)
 
@@ -196,8 +209,18 @@ class Ledger:
 _NO_SCORES: Float32Array = np.empty((0, 1), dtype=np.float32)
 
 
+def arrivals(trace: Trace) -> Iterator[tuple[float, Callable[[], Request]]]:
+    """When each request of a trace comes, seconds after the start, and what makes it then."""
+    for place, arrival in enumerate(trace.arrivals.tolist()):
+        yield arrival, partial(trace.request, place)
+
+
 def simulate(
-    trace: Trace, model: EngineModel, emb_fraction: float, schedule: Sequence[Split] = ()
+    trace: Trace,
+    model: EngineModel,
+    emb_fraction: float,
+    schedule: Sequence[Split] = (),
+    controller: AllocationController | None = None,
 ) -> Result:
     """Runs all requests of a trace open-loop, the warm-up included.
 
@@ -206,6 +229,7 @@ def simulate(
         model: an engine of the trace's setting and scale.
         emb_fraction: EMB share of the pages at the start, 0..1; floors apply.
         schedule: when the boundary is asked to go where from then on.
+        controller: moves the boundary instead of the one that the model names.
 
     Raises:
         PoolTooSmallError: the pool cannot hold what one request may need.
@@ -214,12 +238,9 @@ def simulate(
     scale = model.scale
     if trace.scale != scale:
         raise ValueError(f"scale: the trace was drawn for {trace.scale}, the engine is at {scale}")
-    engine = SimulatedEngine(model, emb_fraction)
+    engine = SimulatedEngine(model, emb_fraction, controller)
     ledger = Ledger(len(trace))
-    requests = (
-        (arrival, partial(trace.request, place))
-        for place, arrival in enumerate(trace.arrivals.tolist())
-    )
+    requests = arrivals(trace)
     moves = [(when, partial(engine.core.set_target, share)) for when, share in schedule]
     offer(engine.core, VirtualTimer(engine.clock), requests, ledger, moves)
     engine.core.check_nothing_leaked()

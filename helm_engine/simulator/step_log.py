@@ -62,6 +62,14 @@ class StepLog:
         )
         return output
 
+    def latest(self, number: int) -> list[dict[str, float]]:
+        """The steps from that number on, for each its columns; rows and pages unscaled."""
+        return [dict(zip(COLUMNS, line, strict=True)) for line in self._lines[number:]]
+
+    def __len__(self) -> int:
+        """Steps so far."""
+        return len(self._lines)
+
     def columns(self) -> dict[str, npt.NDArray[np.float64]]:
         """Each quantity over all steps, float64 [steps]."""
         lines = np.array(self._lines, dtype=np.float64).reshape(-1, len(COLUMNS))
