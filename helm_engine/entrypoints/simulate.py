@@ -24,6 +24,7 @@ EXAMPLES = """
 Examples:
   helm-engine simulate --workload trend --emb-fraction 0.3
   helm-engine simulate --workload burst --emb-fraction 0.25 --at 120:0.45 --at 165:0.25
+  helm-engine simulate --workload trend --setting production --emb-fraction 0.3
   helm-engine simulate --workload trend --emb-fraction 0.3 --controller hill_climb
   helm-engine simulate --workload mine.json --emb-fraction 0.3 --seed 7 --json out.json
   helm-engine simulate --workload trend --emb-fraction 0.3 --scale 16
@@ -31,7 +32,10 @@ Examples:
 \b
 docs/simulator.md has the schema of a workload, and says what is simulated.
 """
-_DEFAULT_PROFILE = "cpu-slow-redis"
+_Seed = Annotated[int, typer.Option(min=0, help="Of all that is drawn.")]
+_JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
+]
 _Scale = Annotated[
     int,
     typer.Option(
@@ -78,6 +82,13 @@ def simulate(
         float,
         typer.Option(metavar="SHARE", min=0.0, max=1.0, help="EMB share of the pages, 0 to 1."),
     ],
+    setting: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="dlrmv3, ml100k, production, or a .json file, instead of the workload's own.",
+        ),
+    ] = None,
     at: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,14 +103,15 @@ def simulate(
         ),
     ] = None,
     profile: Annotated[
-        str,
-        typer.Option(metavar="NAME|FILE", help="What work costs on the device: a cost profile."),
-    ] = _DEFAULT_PROFILE,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
-    scale: _Scale = 1,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="What work costs on the device: a cost profile, instead of the setting's own.",
+        ),
     ] = None,
+    seed: _Seed = 0,
+    scale: _Scale = 1,
+    json_file: _JsonFile = None,
     step_log: Annotated[
         Path | None,
         typer.Option(metavar="FILE.npz", help="Write what every step did, as NumPy arrays."),
@@ -116,14 +128,10 @@ def simulate(
     from model_executor.cost_profile import load_cost_profile
 
     try:
-        wanted = load_workload(workload)
-        device = load_cost_profile(builtin_or_file("profiles", profile, "profile"))
-        model = EngineModel(
-            wanted.resolved_setting,
-            device,
-            controller=ControllerConfig(name=controller),
-            scale=scale,
-        )
+        wanted = load_workload(workload, setting)
+        data = wanted.resolved_setting
+        device = load_cost_profile(builtin_or_file("profiles", profile or data.profile, "profile"))
+        model = EngineModel(data, device, controller=ControllerConfig(name=controller), scale=scale)
         schedule = [(wanted.warm_up_s + when, share) for when, share in splits]
         with SlowNotice() as notice:
             notice.say("drawing requests")

@@ -60,12 +60,12 @@ def sampled_rows(setting: Setting, scale: int) -> tuple[Int32Array, int]:
 
     Items of one rank are alike in popularity whatever their category. Of each rank the same number
     of categories is chosen, by a hash of the rank: which of the few hottest rows are in the sample
-    would else decide what it hits.
+    would else decide what it hits. Where there are no categories, the hash alone chooses.
 
     Returns:
         The number of each row, or NO_ROW, int32 [num_items]; how many are chosen.
     """
-    return _sampled_rows(setting.num_items, setting.num_categories, scale)
+    return _sampled_rows(setting.num_items, setting.num_categories or 1, scale)
 
 
 @lru_cache(maxsize=2)  # A trace and its engine need the same.

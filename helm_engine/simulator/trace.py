@@ -12,10 +12,13 @@ import numpy as np
 
 from block_manager.block_hash import BlockHash, hash_blocks, root_hash, user_digest, user_tag
 from helm_engine.request import Request
-from helm_engine.simulator import laws
-from helm_engine.simulator.laws import FloatArray, Int64Array
+from helm_engine.simulator import traffic
+from helm_engine.simulator.events.choice import event_law
+from helm_engine.simulator.events.law import Asked, bounds_of
+from helm_engine.simulator.histories import distinct_items, fill_histories
 from helm_engine.simulator.scaling import check_scale, coarse_hashes, coarse_history, sampled_rows
-from helm_engine.simulator.workloads import Regime, Setting, Workload
+from helm_engine.simulator.traffic import FloatArray, Int64Array
+from helm_engine.simulator.workloads import Setting, Workload
 from model_executor.capabilities import StepRules
 from model_executor.inputs.features import TokenSequence
 from model_executor.step import NO_ROW
@@ -127,33 +130,30 @@ def make_trace(
             field.
     """
     check_scale(scale)
-    setting = setting or workload.resolved_setting
+    if setting is None:
+        setting = workload.resolved_setting
+    workload.check_fits(setting)
+    law = event_law(setting, workload.regimes)
     sequence = np.random.SeedSequence(seed)
-    keys = sequence.generate_state(2, np.uint64)
-    times, who, lengths, tastes = map(np.random.default_rng, sequence.spawn(4))
-    arrivals = laws.arrival_times(workload, setting.requests_per_s, times)
-    regime = laws.regime_of(workload, arrivals, times)
-    regimes = workload.regimes
-    visits = laws.follow_users(
-        laws.draw_users(regimes, regime, setting.num_users, who),
-        laws.draw_first_histories(regimes, regime, setting.max_history, lengths),
-        np.array([one.new_events for one in regimes])[regime],
-        setting.num_users,
-        setting.max_history,
+    shown_key, first_key = sequence.generate_state(2, np.uint64).tolist()
+    times, who, lengths, items, sizes = map(np.random.default_rng, sequence.spawn(5))
+    arrivals = traffic.arrival_times(workload, setting.requests_per_s, times)
+    regime = traffic.regime_of(workload, arrivals, times)
+    asked = _visits(
+        workload, setting, arrivals, regime, law.new_events(regime, sizes), who, lengths
     )
-    liked = laws.draw_tastes(setting, visits.num_people, tastes)
-    drift = laws.drift_until(workload, arrivals)
-    sizes = np.array([one.candidates for one in regimes])[regime]
-    shown = laws.Bags(sizes, visits.people, regime, drift)
-    drawn = laws.draw_items(setting, regimes, liked, shown, int(keys[0]))
-    longest, starts, events = _histories(
-        setting, regimes, liked, visits, regime, drift, drawn, shown, int(keys[1])
+    drawn = law.draw(asked, items, (first_key, shown_key))
+    longest = np.zeros(asked.num_people, dtype=np.int64)
+    np.maximum.at(longest, asked.people, asked.lengths)
+    starts, shown_bounds = bounds_of(longest), asked.shown_bounds
+    events = fill_histories(
+        asked.people, asked.lengths, asked.first_bounds, *drawn, shown_bounds, starts
     )
-    candidates, candidate_bounds = laws.distinct_items(drawn, shown.bounds)
-    most = int(max(longest.max(initial=0), sizes.max(initial=0)))
+    candidates, candidate_bounds = distinct_items(drawn.shown, shown_bounds)
+    most = int(max(longest.max(initial=0), asked.candidates.max(initial=0)))
     no_features = np.full((most, 1), NO_ROW, dtype=np.int64)
-    begins = starts[visits.people]
-    digests = [user_digest(f"user-{person}", user_key) for person in range(visits.num_people)]
+    begins = starts[asked.people]
+    digests = [user_digest(f"user-{person}", user_key) for person in range(asked.num_people)]
     if scale == 1:
         hashes = _hashes(events, starts, digests, model_version, setting.block_tokens)
     else:
@@ -167,8 +167,8 @@ def make_trace(
         scale=scale,
         arrivals=arrivals,
         regimes=regime,
-        people=visits.people,
-        lengths=visits.lengths,
+        people=asked.people,
+        lengths=asked.lengths,
         events=events,
         event_bounds=starts,
         candidates=candidates,
@@ -177,39 +177,37 @@ def make_trace(
         user_tags=[user_tag(digest) for digest in digests],
         _no_features=no_features,
         _cuts=np.stack(
-            [visits.people, begins, begins + visits.lengths, *_pairs(candidate_bounds)], axis=1
+            [asked.people, begins, begins + asked.lengths, *_pairs(candidate_bounds)], axis=1
         ).tolist(),
     )
 
 
-def _histories(
+def _visits(
+    workload: Workload,
     setting: Setting,
-    regimes: list[Regime],
-    liked: laws.Tastes,
-    visits: laws.Visits,
+    arrivals: FloatArray,
     regime: Int64Array,
-    drift: Int64Array,
-    drawn: Int64Array,
-    shown: laws.Bags,
-    key: int,
-) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Events of each person's longest history, where each person's begin, and all events."""
-    # People are numbered by their first visits.
-    first_visits = np.unique(visits.people, return_index=True)[1]
-    firsts = laws.Bags(
-        visits.lengths[first_visits],
-        np.arange(visits.num_people),
-        regime[first_visits],
-        drift[first_visits],
+    new_events: Int64Array,
+    who: np.random.Generator,
+    lengths: np.random.Generator,
+) -> Asked:
+    """Who makes each request, with how long a history, and what a law of events is asked of it."""
+    regimes = workload.regimes
+    visits = traffic.follow_users(
+        traffic.draw_users(regimes, regime, setting.num_users, who),
+        traffic.draw_first_histories(regimes, regime, setting.max_history, lengths),
+        new_events,
+        setting.num_users,
+        setting.max_history,
     )
-    first_items = laws.draw_items(setting, regimes, liked, firsts, key)
-    longest = np.zeros(visits.num_people, dtype=np.int64)
-    np.maximum.at(longest, visits.people, visits.lengths)
-    starts = np.concatenate([[0], np.cumsum(longest)]).astype(np.int64)
-    events: Int64Array = laws.fill_histories(
-        visits.people, visits.lengths, firsts.bounds, first_items, drawn, shown.bounds, starts
+    return Asked(
+        people=visits.people,
+        lengths=visits.lengths,
+        regimes=regime,
+        candidates=np.array([one.candidates for one in regimes])[regime],
+        new_events=new_events,
+        drift=traffic.drift_until(workload, arrivals),
     )
-    return longest, starts, events
 
 
 def _pairs(bounds: Int64Array) -> tuple[Int64Array, Int64Array]:

@@ -13,12 +13,15 @@ import msgspec
 from msgspec import Meta
 
 from helm_engine.datasets.event_model import MAX_ZIPF_EXPONENT
+from helm_engine.datasets.ml100k import NUM_ITEMS
 
 BUILTIN = Path(__file__).with_name("builtin")
 
 _MOST_USERS = 1 << 24
 _MOST_EVENTS = 1 << 16
 _MOST_ITEMS = 1 << 27
+ML100K_ITEMS = NUM_ITEMS * NUM_ITEMS
+"""See `events.ml100k`."""
 
 Name = Annotated[str, Meta(min_length=1)]
 Positive = Annotated[float, Meta(gt=0.0, le=1e9)]
@@ -38,16 +41,19 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """
 
     name: Name
-    data: Literal["dlrmv3"]
-    """Laws of events: those of `dlrmv3` are a DLRMv3-like generator's (`laws`)."""
+    data: Literal["dlrmv3", "ml100k", "production"]
+    """Law of events, by its file in `events`."""
+    profile: Name
+    """Cost profile of the device that the load is chosen for, by name or file."""
     requests_per_s: Positive
     """Arrivals at a load of 1."""
     slo_ms: Positive
     """Latency that a request must not exceed."""
     num_users: Users
     num_items: Annotated[int, Meta(ge=1, le=_MOST_ITEMS)]
-    num_categories: Annotated[int, Meta(ge=1, le=4096)] = 128
-    categories_per_user: Annotated[int, Meta(ge=1, le=64)] = 4
+    num_categories: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    """Of `dlrmv3` only, as `categories_per_user`."""
+    categories_per_user: Annotated[int, Meta(ge=1, le=64)] | None = None
     max_history: EventCount
     """A user whose history would grow beyond it is gone; a new one takes the id."""
     row_bytes: Annotated[int, Meta(ge=1, le=1 << 20)]
@@ -62,15 +68,30 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Raises:
             ValueError: names the field and its limit.
         """
-        if self.num_categories > self.num_items:
+        _given_if(self.data == "dlrmv3", "num_categories", self.num_categories, self.data)
+        _given_if(self.data == "dlrmv3", "categories_per_user", self.categories_per_user, self.data)
+        if (self.num_categories or 0) > self.num_items:
             raise ValueError(f"num_categories: {self.num_categories} is above num_items")
-        if self.categories_per_user > self.num_categories:
+        if (self.categories_per_user or 0) > (self.num_categories or 0):
             raise ValueError(f"categories_per_user: {self.categories_per_user} is above all")
+        if self.data == "ml100k" and self.num_items != ML100K_ITEMS:
+            raise ValueError(
+                f"num_items: {self.num_items} is not {ML100K_ITEMS:,}, the square of MovieLens' "
+                f"{NUM_ITEMS:,}"
+            )
 
     @property
     def table_bytes(self) -> int:
         """Of all rows."""
         return self.num_items * self.row_bytes
+
+
+def _given_if(is_needed: bool, field: str, value: object, data: str) -> None:
+    """Raises ValueError if a field is absent where the data need it, or given where they do not."""
+    if is_needed and value is None:
+        raise ValueError(f"{field}: is absent, and the data {data} need it")
+    if not is_needed and value is not None:
+        raise ValueError(f"{field}: means nothing to the data {data}")
 
 
 class Regime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,6 +109,9 @@ class Regime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     hot_users: Users
     first_hot_user: Annotated[int, Meta(ge=0, lt=_MOST_USERS)] = 0
     """Hot users are so many from this id on."""
+    hot_user_regularity: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Of so many hot users drawn at random, the one who has been away longest makes the request.
+    1 = visits at random times; more = at intervals that vary less, as of a scrolled feed."""
     user_zipf: Exponent = 0.0
     """Exponent of how often the others come, who are all users; 0 = all alike."""
     history_mean: EventCount
@@ -98,10 +122,14 @@ class Regime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Of a visit, that the user's next visit finds in the history; they are candidates."""
     candidates: EventCount
     """Of a request; those drawn twice count once."""
-    item_zipf: Exponent
-    """Exponent of the popularity of items inside a category; 0 = all alike."""
+    item_zipf: Exponent | None = None
+    """Exponent of the popularity of items inside a category; 0 = all alike. Of `dlrmv3` only: the
+    other data have a popularity of their own."""
+    catalogue_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    """Of `dlrmv3` only: of each category's items, those that are on offer, the most popular."""
     drift_per_s: NotNegative = 0.0
-    """New items of each category that become the most popular, in each second."""
+    """New items that become the most popular, in each second; `dlrmv3`: of each category. Not of
+    `ml100k`."""
 
     def __post_init__(self) -> None:
         """Checks what concerns two fields.
@@ -145,22 +173,37 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """The setting itself.
 
         Raises:
-            ValueError: the package has none of this name, or a user of a regime is beyond its last.
+            ValueError: the package has none of this name, or a regime does not fit it.
         """
         setting = self.setting
         if isinstance(setting, str):
             setting = _read(_builtin("settings", setting, "setting"), Setting)
+        self.check_fits(setting)
+        return setting
+
+    def check_fits(self, setting: Setting) -> None:
+        """Checks the regimes against a setting.
+
+        Raises:
+            ValueError: names the regime, the field and its limit.
+        """
         for place, regime in enumerate(self.regimes):
+            name = f"regimes[{place}]"
             if regime.first_hot_user + regime.hot_users > setting.num_users:
-                raise ValueError(
-                    f"regimes[{place}].hot_users: there are {setting.num_users} users from 0 on"
-                )
+                raise ValueError(f"{name}.hot_users: there are {setting.num_users} users from 0 on")
             if regime.history_mean > setting.max_history:
                 raise ValueError(
-                    f"regimes[{place}].history_mean: {regime.history_mean} is above max_history, "
+                    f"{name}.history_mean: {regime.history_mean} is above max_history, "
                     f"{setting.max_history}"
                 )
-        return setting
+            is_dlrmv3 = setting.data == "dlrmv3"
+            _given_if(is_dlrmv3, f"{name}.item_zipf", regime.item_zipf, setting.data)
+            if not is_dlrmv3 and regime.catalogue_share != 1.0:
+                raise ValueError(
+                    f"{name}.catalogue_share: means nothing to the data {setting.data}"
+                )
+            if setting.data == "ml100k" and regime.drift_per_s:
+                raise ValueError(f"{name}.drift_per_s: the data ml100k do not drift")
 
 
 def builtin_names(kind: Literal["workloads", "settings", "profiles"]) -> list[str]:
@@ -180,13 +223,23 @@ def builtin_or_file(
     return path if path.suffix == ".json" else _builtin(kind, name, field)
 
 
-def load_workload(name: str) -> Workload:
+def load_workload(name: str, setting: str | None = None) -> Workload:
     """Reads a workload of the package by name, or a JSON file.
+
+    Args:
+        name: of the workload.
+        setting: name or file of a setting to use instead of the workload's own. Where the package
+            has a workload NAME-SETTING, its regimes are the ones.
 
     Raises:
         ValueError: names the file and the field.
     """
+    made_for_it = f"{name}-{setting}"
+    if made_for_it in builtin_names("workloads"):
+        name, setting = made_for_it, None
     workload = _read(builtin_or_file("workloads", name, "workload"), Workload)
+    if setting is not None:
+        workload = msgspec.structs.replace(workload, setting=load_setting(setting))
     try:
         _ = workload.resolved_setting
     except ValueError as error:

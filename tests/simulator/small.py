@@ -21,6 +21,7 @@ PROFILE = CostProfile(
 SETTING: dict[str, Any] = {
     "name": "small",
     "data": "dlrmv3",
+    "profile": "cpu-slow-redis",
     "requests_per_s": 40.0,
     "slo_ms": 20.0,
     "num_users": 200,

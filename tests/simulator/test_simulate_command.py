@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from helm_engine.entrypoints.cli import app
 from helm_engine.simulator.step_log import COLUMNS
 from helm_engine.simulator.workloads import as_json
-from tests.simulator.small import regime, workload
+from tests.simulator.small import regime, setting, workload
 
 
 def invoke(*arguments: str) -> Any:
@@ -51,12 +51,25 @@ def test_a_workload_of_ones_own(mine: str, tmp_path: Path) -> None:
     assert again.read_text() == out.read_text()
 
 
+def test_a_setting_and_its_device_or_another_one(mine: str, tmp_path: Path) -> None:
+    other, out = tmp_path / "other.json", tmp_path / "out.json"
+    other.write_text(json.dumps(as_json(setting(slo_ms=7.0))), encoding="utf-8")
+    wanted = ["--workload", mine, "--setting", str(other), "--emb-fraction", "0.3"]
+    for flags, device in (([], "two CPU cores"), (["--profile", "l20-25gbe"], "L20")):
+        done = invoke(*wanted, *flags, "--json", str(out))
+        assert done.exit_code == 0, done.stderr
+        assert "within 7 ms" in done.stdout
+        assert json.loads(out.read_text())["profile"]["device"].startswith(device)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         (["--workload", "nowhere"], "workload: 'nowhere'"),
         (["--workload", "none/such.json"], "none/such.json: No such file"),
         (["--profile", "nothing"], "profile: 'nothing'"),
+        (["--setting", "nowhere"], "setting: 'nowhere'"),
+        (["--setting", "production"], "regimes[0].item_zipf: means nothing"),
         (["--emb-fraction", "1.2"], "--emb-fraction: "),
         (["--at", "soon:0.5"], "--at: 'soon:0.5'"),
         (["--at", "5:1.5"], "--at: '5:1.5'"),

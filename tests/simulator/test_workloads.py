@@ -10,6 +10,7 @@ import pytest
 
 from helm_engine.simulator.workloads import (
     BUILTIN,
+    ML100K_ITEMS,
     as_json,
     builtin_names,
     load_setting,
@@ -38,6 +39,9 @@ def setting(**changes: Any) -> dict[str, Any]:
     return {"setting": as_json(workload())["setting"] | changes}
 
 
+NO_CATEGORIES = {"num_categories": None, "categories_per_user": None}
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -56,6 +60,14 @@ def setting(**changes: Any) -> dict[str, Any]:
         (setting(data="dlrm"), "setting.data: "),
         (setting(num_categories=4096, num_items=5), "num_categories: 4096"),
         (setting(categories_per_user=7), "categories_per_user: 7"),
+        (setting(num_categories=None), "num_categories: is absent, and the data dlrmv3 need it"),
+        (setting(data="production"), "num_categories: means nothing to the data production"),
+        (setting(**NO_CATEGORIES, data="ml100k"), "num_items: 6000 is not 2,829,124"),
+        (
+            setting(**NO_CATEGORIES, data="production"),
+            r"regimes\[0\].item_zipf: means nothing to the data production",
+        ),
+        (regimes(item_zipf=None), r"regimes\[1\].item_zipf: is absent"),
     ],
 )
 def test_a_wrong_field_is_named(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
@@ -71,16 +83,51 @@ def test_the_first_regime_has_none_to_ramp_from(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere", "../settings/dlrmv3", "", "nowhere.json"])
 def test_what_is_not_there_is_said(name: str) -> None:
-    with pytest.raises(ValueError, match=r"burst, steady, trend|No such file"):
+    with pytest.raises(ValueError, match=r"burst, .*steady, .*trend|No such file"):
         load_workload(name)
 
 
+def test_the_data_of_movielens_do_not_drift(tmp_path: Path) -> None:
+    (one,) = as_json(workload())["regimes"]
+    changes = setting(**NO_CATEGORIES, data="ml100k", num_items=ML100K_ITEMS)
+    changes["regimes"] = [one | {"item_zipf": None, "drift_per_s": 1.0}]
+    with pytest.raises(ValueError, match=r"regimes\[0\].drift_per_s: the data ml100k do not drift"):
+        load_workload(written(tmp_path, **changes))
+
+
 def test_what_the_package_brings_can_be_read() -> None:
-    assert builtin_names("workloads") == ["burst", "steady", "trend"]
-    for name in builtin_names("workloads"):
-        read = load_workload(name)
-        assert read.name == name
-        assert read.resolved_setting == load_setting("dlrmv3")
-        assert "static split" in read.description
+    assert builtin_names("settings") == ["dlrmv3", "ml100k", "production"]
+    for name in ("burst", "steady", "trend"):
+        for data in builtin_names("settings"):
+            read = load_workload(name, data)
+            assert read.name == (name if data == "dlrmv3" else f"{name}-{data}")
+            assert read.resolved_setting == load_setting(data)
+            assert "static split" in read.description
+    assert len(builtin_names("workloads")) == 9
+    for name in builtin_names("settings"):
+        assert load_setting(name).profile in builtin_names("profiles")
     for name in builtin_names("profiles"):
         assert load_cost_profile(BUILTIN / "profiles" / f"{name}.json").source
+
+
+def test_a_workload_over_another_setting(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(as_json(load_setting("dlrmv3")) | {"slo_ms": 1.0}))
+    read = load_workload("burst", str(other))
+    assert read.resolved_setting.slo_ms == 1.0
+    assert read.regimes == load_workload("burst").regimes
+    assert load_workload("burst", "dlrmv3") == load_workload(
+        "burst", str(BUILTIN / "settings" / "dlrmv3.json")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "named"),
+    [
+        ("burst", "nowhere", "setting: 'nowhere' is none of dlrmv3, ml100k, production"),
+        ("burst-production", "dlrmv3", r"burst-production: regimes\[0\]\.(item_zipf|history_mean)"),
+    ],
+)
+def test_a_setting_that_is_not_there_or_does_not_fit(name: str, data: str, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        load_workload(name, data)
