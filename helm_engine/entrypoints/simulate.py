@@ -32,12 +32,9 @@ Examples:
 \b
 docs/simulator.md has the schema of a workload, and says what is simulated.
 """
-_Setting = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME|FILE",
-        help="dlrmv3, ml100k, production, or a .json file, instead of the workload's own.",
-    ),
+_Seed = Annotated[int, typer.Option(min=0, help="Of all that is drawn.")]
+_JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
 ]
 _Scale = Annotated[
     int,
@@ -85,7 +82,13 @@ def simulate(
         float,
         typer.Option(metavar="SHARE", min=0.0, max=1.0, help="EMB share of the pages, 0 to 1."),
     ],
-    setting: _Setting = None,
+    setting: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="dlrmv3, ml100k, production, or a .json file, instead of the workload's own.",
+        ),
+    ] = None,
     at: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,11 +109,9 @@ def simulate(
             help="What work costs on the device: a cost profile, instead of the setting's own.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    seed: _Seed = 0,
     scale: _Scale = 1,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
-    ] = None,
+    json_file: _JsonFile = None,
     step_log: Annotated[
         Path | None,
         typer.Option(metavar="FILE.npz", help="Write what every step did, as NumPy arrays."),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
-Int64Array = npt.NDArray[np.int64]
+from helm_engine.simulator.events.law import Int64Array
 
 _NOBODY = -1
 

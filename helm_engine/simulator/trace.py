@@ -14,7 +14,7 @@ from block_manager.block_hash import BlockHash, hash_blocks, root_hash, user_dig
 from helm_engine.request import Request
 from helm_engine.simulator import traffic
 from helm_engine.simulator.events.choice import event_law
-from helm_engine.simulator.events.law import Asked, Drawn, bounds_of
+from helm_engine.simulator.events.law import Asked, bounds_of
 from helm_engine.simulator.histories import distinct_items, fill_histories
 from helm_engine.simulator.scaling import check_scale, coarse_hashes, coarse_history, sampled_rows
 from helm_engine.simulator.traffic import FloatArray, Int64Array
@@ -133,22 +133,32 @@ def make_trace(
     if setting is None:
         setting = workload.resolved_setting
     workload.check_fits(setting)
-    arrivals, asked, drawn = _draw(workload, setting, seed)
-    people, lengths = asked.people, asked.lengths
+    law = event_law(setting, workload.regimes)
+    sequence = np.random.SeedSequence(seed)
+    shown_key, first_key = sequence.generate_state(2, np.uint64).tolist()
+    times, who, lengths, items, sizes = map(np.random.default_rng, sequence.spawn(5))
+    arrivals = traffic.arrival_times(workload, setting.requests_per_s, times)
+    regime = traffic.regime_of(workload, arrivals, times)
+    asked = _visits(
+        workload, setting, arrivals, regime, law.new_events(regime, sizes), who, lengths
+    )
+    drawn = law.draw(asked, items, (first_key, shown_key))
     longest = np.zeros(asked.num_people, dtype=np.int64)
-    np.maximum.at(longest, people, lengths)
+    np.maximum.at(longest, asked.people, asked.lengths)
     starts, shown_bounds = bounds_of(longest), asked.shown_bounds
-    events = fill_histories(people, lengths, asked.first_bounds, *drawn, shown_bounds, starts)
+    events = fill_histories(
+        asked.people, asked.lengths, asked.first_bounds, *drawn, shown_bounds, starts
+    )
     candidates, candidate_bounds = distinct_items(drawn.shown, shown_bounds)
     most = int(max(longest.max(initial=0), asked.candidates.max(initial=0)))
     no_features = np.full((most, 1), NO_ROW, dtype=np.int64)
-    begins = starts[people]
-    digests = [user_digest(f"user-{person}", user_key) for person in range(len(longest))]
+    begins = starts[asked.people]
+    digests = [user_digest(f"user-{person}", user_key) for person in range(asked.num_people)]
     if scale == 1:
         hashes = _hashes(events, starts, digests, model_version, setting.block_tokens)
     else:
         numbers, _ = sampled_rows(setting, scale)
-        events, candidates = numbers[events], numbers[candidates]
+        events, candidates = (numbers[one].astype(np.int64) for one in (events, candidates))
         hashes = coarse_hashes(longest, digests, setting.block_tokens, scale)
     return Trace(
         workload=workload,
@@ -156,9 +166,9 @@ def make_trace(
         seed=seed,
         scale=scale,
         arrivals=arrivals,
-        regimes=asked.regimes,
-        people=people,
-        lengths=lengths,
+        regimes=regime,
+        people=asked.people,
+        lengths=asked.lengths,
         events=events,
         event_bounds=starts,
         candidates=candidates,
@@ -167,20 +177,22 @@ def make_trace(
         user_tags=[user_tag(digest) for digest in digests],
         _no_features=no_features,
         _cuts=np.stack(
-            [people, begins, begins + lengths, *_pairs(candidate_bounds)], axis=1
+            [asked.people, begins, begins + asked.lengths, *_pairs(candidate_bounds)], axis=1
         ).tolist(),
     )
 
 
-def _draw(workload: Workload, setting: Setting, seed: int) -> tuple[FloatArray, Asked, Drawn]:
-    """When requests come, who makes them, and with which items."""
-    law, regimes = event_law(setting, workload.regimes), workload.regimes
-    sequence = np.random.SeedSequence(seed)
-    shown_key, first_key = sequence.generate_state(2, np.uint64).tolist()
-    times, who, lengths, items, sizes = map(np.random.default_rng, sequence.spawn(5))
-    arrivals = traffic.arrival_times(workload, setting.requests_per_s, times)
-    regime = traffic.regime_of(workload, arrivals, times)
-    new_events = law.new_events(regime, sizes)
+def _visits(
+    workload: Workload,
+    setting: Setting,
+    arrivals: FloatArray,
+    regime: Int64Array,
+    new_events: Int64Array,
+    who: np.random.Generator,
+    lengths: np.random.Generator,
+) -> Asked:
+    """Who makes each request, with how long a history, and what a law of events is asked of it."""
+    regimes = workload.regimes
     visits = traffic.follow_users(
         traffic.draw_users(regimes, regime, setting.num_users, who),
         traffic.draw_first_histories(regimes, regime, setting.max_history, lengths),
@@ -188,7 +200,7 @@ def _draw(workload: Workload, setting: Setting, seed: int) -> tuple[FloatArray, 
         setting.num_users,
         setting.max_history,
     )
-    asked = Asked(
+    return Asked(
         people=visits.people,
         lengths=visits.lengths,
         regimes=regime,
@@ -196,7 +208,6 @@ def _draw(workload: Workload, setting: Setting, seed: int) -> tuple[FloatArray, 
         new_events=new_events,
         drift=traffic.drift_until(workload, arrivals),
     )
-    return arrivals, asked, law.draw(asked, items, (first_key, shown_key))
 
 
 def _pairs(bounds: Int64Array) -> tuple[Int64Array, Int64Array]:

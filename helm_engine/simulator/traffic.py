@@ -90,11 +90,28 @@ def draw_users(
     for number, law in enumerate(regimes):
         mine = np.flatnonzero(regime == number)
         is_hot = rng.random(len(mine)) < law.hot_user_share
-        hot = law.first_hot_user + rng.integers(law.hot_users, size=len(mine))
+        drawn = rng.integers(law.hot_users, size=(len(mine), law.hot_user_regularity))
+        hot = law.first_hot_user + _longest_away(drawn, is_hot)
         cumulated = np.cumsum((np.arange(num_users) + 1.0) ** -law.user_zipf)
         ranks = np.searchsorted(cumulated, rng.random(len(mine)) * cumulated[-1], side="right")
         users[mine] = np.where(is_hot, hot, id_of_rank[ranks])
     return users
+
+
+@njit(nogil=True, cache=True)
+def _longest_away(drawn: Any, counts: Any) -> Any:
+    """Of each row of `drawn` the one that was chosen longest ago, among the rows that count."""
+    chosen = np.empty(len(drawn), dtype=np.int64)
+    last = np.full(drawn.max() + 1 if len(drawn) else 0, -1, dtype=np.int64)
+    for visit in range(len(drawn)):
+        best = drawn[visit, 0]
+        for one in drawn[visit]:
+            if last[one] < last[best]:
+                best = one
+        chosen[visit] = best
+        if counts[visit]:
+            last[best] = visit
+    return chosen
 
 
 def draw_first_histories(

@@ -109,6 +109,9 @@ class Regime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     hot_users: Users
     first_hot_user: Annotated[int, Meta(ge=0, lt=_MOST_USERS)] = 0
     """Hot users are so many from this id on."""
+    hot_user_regularity: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Of so many hot users drawn at random, the one who has been away longest makes the request.
+    1 = visits at random times; more = at intervals that vary less, as of a scrolled feed."""
     user_zipf: Exponent = 0.0
     """Exponent of how often the others come, who are all users; 0 = all alike."""
     history_mean: EventCount
@@ -122,6 +125,8 @@ class Regime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     item_zipf: Exponent | None = None
     """Exponent of the popularity of items inside a category; 0 = all alike. Of `dlrmv3` only: the
     other data have a popularity of their own."""
+    catalogue_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    """Of `dlrmv3` only: of each category's items, those that are on offer, the most popular."""
     drift_per_s: NotNegative = 0.0
     """New items that become the most popular, in each second; `dlrmv3`: of each category. Not of
     `ml100k`."""
@@ -193,6 +198,10 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 )
             is_dlrmv3 = setting.data == "dlrmv3"
             _given_if(is_dlrmv3, f"{name}.item_zipf", regime.item_zipf, setting.data)
+            if not is_dlrmv3 and regime.catalogue_share != 1.0:
+                raise ValueError(
+                    f"{name}.catalogue_share: means nothing to the data {setting.data}"
+                )
             if setting.data == "ml100k" and regime.drift_per_s:
                 raise ValueError(f"{name}.drift_per_s: the data ml100k do not drift")
 

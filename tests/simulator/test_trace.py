@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from block_manager.block_hash import hash_blocks, root_hash, user_digest, user_tag
-from helm_engine.simulator.events.dlrmv3 import Dlrmv3Law, draw_tastes
+from helm_engine.simulator.events.dlrmv3 import Dlrmv3Law
 from helm_engine.simulator.events.law import Asked
 from helm_engine.simulator.histories import distinct_items
 from helm_engine.simulator.trace import Trace, make_trace
@@ -144,18 +144,30 @@ def uniform(number: int, key: int) -> float:
     return ((bits ^ (bits >> 31)) >> 11) * 2.0**-53
 
 
-@pytest.mark.parametrize("item_zipf", [0.0, 0.7, 2.5])
-def test_items_are_drawn_as_plain_searches_would_draw_them(item_zipf: float) -> None:
-    laws_of = [regime(item_zipf=1.1), regime(item_zipf=item_zipf), regime(item_zipf=1.1)]
-    liked = draw_tastes(3, 6, 2, np.random.default_rng(1))
-    people, numbers, drifts, sizes = [0, 1, 2], [1, 0, 2], [0, 5, 1234], [400, 0, 900]
-    ones = np.ones(3, dtype=np.int64)
-    asked = Asked(*map(np.array, (people, sizes, numbers, ones, ones, drifts)))
-    law = Dlrmv3Law(setting(), laws_of)
-    drawn = law.draw(asked, np.random.default_rng(1), (77, 78)).first_histories.tolist()
+@pytest.mark.parametrize(("item_zipf", "on_offer"), [(0.0, 1.0), (0.7, 0.25), (2.5, 1.0)])
+def test_items_are_drawn_as_plain_searches_would_draw_them(
+    item_zipf: float, on_offer: float
+) -> None:
+    other = regime(item_zipf=item_zipf, catalogue_share=on_offer)
+    laws = [regime(item_zipf=1.1), other, regime(item_zipf=1.1)]
+    asked = Asked(
+        people=np.array([3, 1, 2, 0]),
+        lengths=np.array([40, 1, 90, 1]),
+        regimes=np.array([1, 0, 2, 1]),
+        candidates=np.array([400, 0, 900, 0]),
+        new_events=np.array([1, 1, 1, 1]),
+        drift=np.array([0, 5, 1234, 2]),
+    )
+    law = Dlrmv3Law(setting(), laws)
+    drawn = law.draw(asked, np.random.default_rng(1), (5, 77)).shown.tolist()
+    liked = law._draw_tastes(4, np.random.default_rng(1))
     expected: list[int] = []
-    for size, person, number, drift in zip(sizes, people, numbers, drifts, strict=True):
-        table = np.cumsum(np.arange(1.0, 1001.0) ** -(laws_of[number].item_zipf or 0.0))
+    for size, person, number, drift in zip(
+        asked.candidates, asked.people, asked.regimes, asked.drift, strict=True
+    ):
+        exponent, share = laws[number].item_zipf, laws[number].catalogue_share
+        assert exponent is not None
+        table = np.cumsum(np.arange(1.0, 1000 * share + 1.0) ** -exponent)
         table /= table[-1]
         for _ in range(size):
             place = len(expected)
@@ -199,6 +211,24 @@ def test_a_person_likes_so_many_categories() -> None:
     for number in range(0, len(trace), 5):
         liked = {item // 1000 for item in history(trace, number)}
         assert len(liked) <= 2
+
+
+def spread_of_visits(regularity: int) -> float:
+    """Standard deviation of the visits between two of the same hot user, over their mean."""
+    trace = make_trace(
+        workload(regime(hot_user_share=1.0, hot_user_regularity=regularity, seconds=100.0)), 2
+    )
+    order = np.lexsort((np.arange(len(trace)), trace.people))
+    same = trace.people[order][1:] == trace.people[order][:-1]
+    between = np.diff(order)[same]
+    return float(between.std() / between.mean())
+
+
+def test_regular_users_come_at_intervals_that_vary_less() -> None:
+    # Where each visit's user is drawn at random, intervals are geometric: their spread is near 1.
+    assert spread_of_visits(1) > 0.9
+    assert spread_of_visits(4) < 0.5
+    assert spread_of_visits(16) < 0.2
 
 
 def test_with_drift_new_items_come_in_at_the_top() -> None:

@@ -36,7 +36,13 @@ class Dlrmv3Law:
         self._num_categories = setting.num_categories
         self._categories_per_user = setting.categories_per_user
         self._new_events = np.array([one.new_events for one in regimes], dtype=np.int64)
-        self._popularity = _popularity(setting.num_items // self._num_categories, regimes)
+        ranks = setting.num_items // self._num_categories
+        popularity = [(one.item_zipf or 0.0, one.catalogue_share) for one in regimes]
+        different, self._law_of_regime = np.unique(popularity, axis=0, return_inverse=True)
+        self._ranks = _cumulated_ranks(ranks, different)
+        starts = np.arange(_GUIDES + 1) / _GUIDES
+        guides = [np.searchsorted(one, starts, side="right") for one in self._ranks]
+        self._guides = np.stack(guides).astype(np.int32)
 
     def new_events(self, regimes: Int64Array, rng: np.random.Generator) -> Int64Array:
         """See `EventLaw.new_events`."""
@@ -45,19 +51,29 @@ class Dlrmv3Law:
 
     def draw(self, asked: Asked, rng: np.random.Generator, keys: tuple[int, int]) -> Drawn:
         """See `EventLaw.draw`."""
-        tastes = draw_tastes(asked.num_people, self._num_categories, self._categories_per_user, rng)
-        popularity, firsts = self._popularity, asked.first_visits
-        laws = popularity.law_of_regime[asked.regimes]
+        tastes = self._draw_tastes(asked.num_people, rng)
+        firsts = asked.first_visits
+        laws = self._law_of_regime[asked.regimes]
         begun = asked.people[firsts], laws[firsts], asked.drift[firsts]
         shown = asked.people, laws, asked.drift
-        of_ranks = popularity.cumulated, popularity.guides
+        popularity = *tastes, self._ranks, self._guides
         return Drawn(
-            _draw(asked.first_bounds, *begun, *tastes, *of_ranks, np.uint64(keys[0])),
-            _draw(asked.shown_bounds, *shown, *tastes, *of_ranks, np.uint64(keys[1])),
+            _draw(asked.first_bounds, *begun, *popularity, np.uint64(keys[0])),
+            _draw(asked.shown_bounds, *shown, *popularity, np.uint64(keys[1])),
         )
 
+    def _draw_tastes(self, num_people: int, rng: np.random.Generator) -> _Tastes:
+        size = self._categories_per_user
+        keys = rng.random((num_people, self._num_categories))
+        categories = np.argpartition(keys, size - 1, axis=1)[:, :size].astype(np.int64)
+        alphas = rng.integers(1, _MAX_ALPHA, size=(num_people, 1), endpoint=True)
+        weights = rng.standard_gamma(np.broadcast_to(alphas / size, (num_people, size)))
+        bounds = np.cumsum(weights + 1e-300, axis=1)
+        bounds /= bounds[:, -1:]
+        return _Tastes(categories, bounds)
 
-class Tastes(NamedTuple):
+
+class _Tastes(NamedTuple):
     """What people like."""
 
     categories: Int64Array
@@ -66,39 +82,20 @@ class Tastes(NamedTuple):
     """Cumulated shares of them, the last is 1, float64 [people, categories]."""
 
 
-def draw_tastes(
-    num_people: int, num_categories: int, categories_per_user: int, rng: np.random.Generator
-) -> Tastes:
-    """Tastes of so many people."""
-    keys = rng.random((num_people, num_categories))
-    size = categories_per_user
-    categories = np.argpartition(keys, size - 1, axis=1)[:, :size].astype(np.int64)
-    alphas = rng.integers(1, _MAX_ALPHA, size=(num_people, 1), endpoint=True)
-    weights = rng.standard_gamma(np.broadcast_to(alphas / size, (num_people, size)))
-    bounds = np.cumsum(weights + 1e-300, axis=1)
-    bounds /= bounds[:, -1:]
-    return Tastes(categories, bounds)
+def _cumulated_ranks(size: int, popularity: FloatArray) -> FloatArray:
+    """Cumulated shares of a category's ranks, float64 [laws, size].
 
-
-class _Popularity(NamedTuple):
-    """Of the ranks of a category; regimes of one exponent share a law."""
-
-    law_of_regime: Int64Array
-    cumulated: FloatArray
-    """Shares, float64 [laws, ranks]."""
-    guides: npt.NDArray[np.int32]
-    """Where the search begins for each part of 0..1, int32 [laws, parts + 1]."""
-
-
-def _popularity(size: int, regimes: list[Regime]) -> _Popularity:
-    exponents, laws = np.unique(
-        [one.item_zipf for one in regimes if one.item_zipf is not None], return_inverse=True
-    )
-    cumulated = np.cumsum((np.arange(size) + 1.0) ** -exponents[:, None], axis=1)
-    cumulated /= cumulated[:, -1:]
-    starts = np.arange(_GUIDES + 1) / _GUIDES
-    guides = np.stack([np.searchsorted(one, starts, side="right") for one in cumulated])
-    return _Popularity(laws, cumulated, guides.astype(np.int32))
+    Args:
+        size: items of a category.
+        popularity: Zipf's exponent and the share of the items that is on offer, float64 [laws, 2].
+    """
+    ranks = np.arange(size) + 1.0
+    tables = np.empty((len(popularity), size))
+    for table, (exponent, on_offer) in zip(tables, popularity, strict=True):
+        is_on_offer = ranks <= max(1.0, np.rint(on_offer * size))
+        np.cumsum(ranks**-exponent * is_on_offer, out=table)
+        table /= table[-1]
+    return tables
 
 
 @njit(nogil=True, cache=True)
@@ -130,7 +127,7 @@ def _draw(
     guides: Any,
     key: Any,
 ) -> Any:
-    """Items of all bags: each is drawn by one person under one regime at one time."""
+    """Items of all bags: each is drawn by one person under one law at one time."""
     items = np.empty(bounds[-1], dtype=np.int64)
     size = tables.shape[1]
     last = categories.shape[1] - 1
