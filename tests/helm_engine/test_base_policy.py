@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from safetensors.numpy import save_file
 
-from helm_engine.controller import registry
 from helm_engine.controller.base_policy import ACTIONS, BasePolicy, load_base_policy
 from helm_engine.controller.observation import FEATURES, Observation
 from helm_engine.controller.registry import make_controller, make_helm
