@@ -56,6 +56,7 @@ setup(
     package_data={
         **{name: ["py.typed"] for name in PACKAGES},
         "helm_engine.simulator": ["builtin/*/*.json"],
+        "helm_engine.controller": ["*.safetensors"],
     },
     zip_safe=False,
     install_requires=[
@@ -83,6 +84,7 @@ setup(
         "client": ["httpx>=0.27", "anyio>=4.4", "msgspec>=0.19"],
         "bench": ["aiohttp>=3.10", "matplotlib>=3.9", "mlcommons-loadgen>=5.0"],
         "parquet": ["pyarrow>=16"],
+        "train": ["stable-baselines3>=2.7", "gymnasium>=1.1"],
         "redis": ["redis[hiredis]>=6.0"],
         "dev": [
             "pytest>=8.2",

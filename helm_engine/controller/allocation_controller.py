@@ -17,6 +17,7 @@ import msgspec
 from helm_engine.controller.burst_recovery import BurstRecovery
 from helm_engine.controller.controller_config import ControllerConfig
 from helm_engine.controller.observation import Observation
+from helm_engine.controller.residual_adapter import ResidualAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class Decision(msgspec.Struct, frozen=True):
     rate: float = 0.0
     """What is integrated until the next query: shares of the pool per second."""
     parts: dict[str, float] = {}
-    """What each layer wants, -1..1 of the slew limit; the last one that speaks decides."""
+    """What each layer wants, -1..1 of the slew limit: `base` and `residual` add up, `recovery`
+    overrides them."""
     held: str | None = None
     """Why the committed split is held; None = it is not."""
     observation: Observation | None = None
@@ -127,9 +129,11 @@ class AdaptiveController:
         policy: Policy,
         config: ControllerConfig | None = None,
         recovery: BurstRecovery | None = None,
+        residual: ResidualAdapter | None = None,
     ) -> None:
-        """Takes the policy, its bounds, and what overrides it in a burst, if anything does."""
+        """Takes the policy, its bounds, what overrides it in a burst, what corrects it online."""
         self._policy = policy
+        self._residual = residual
         self._config = config or ControllerConfig()
         self._recovery = recovery
         self._rate = 0.0
@@ -202,8 +206,8 @@ class AdaptiveController:
         if held is not None:
             self._hold(held, committed)
         else:
-            wanted = min(1.0, max(-1.0, list(parts.values())[-1]))
-            self._rate = wanted * self._config.slew_per_s
+            wanted = parts.get("recovery", parts["base"] + parts.get("residual", 0.0))
+            self._rate = min(1.0, max(-1.0, wanted)) * self._config.slew_per_s
             self._is_complained_of = False
         recovery = self._recovery
         self.stops_refill = held is None and recovery is not None and recovery.stops_refill
@@ -219,10 +223,17 @@ class AdaptiveController:
         parts["base"] = self._policy.rate(observation)
         if not isfinite(parts["base"]):
             return "the policy did not return a number"
+        wanted = parts["base"]
+        if self._residual is not None:
+            parts["residual"] = self._residual.rate(observation)
+            wanted += parts["residual"]
+            if not isfinite(wanted):
+                return "the residual adapter did not return a number"
         if self._recovery is not None:
-            parts["recovery"] = self._recovery.rate(
-                observation, parts["base"], target, self._config
-            )
+            num_fired = self._recovery.num_fired
+            parts["recovery"] = self._recovery.rate(observation, wanted, target, self._config)
+            if self._residual is not None and self._recovery.num_fired != num_fired:
+                self._residual.reset()
         return None
 
     def _hold(self, reason: str, committed: float) -> None:

@@ -24,6 +24,8 @@ from helm_engine.entrypoints.run_batch import run_batch
 from helm_engine.entrypoints.serve import serve
 from helm_engine.entrypoints.simulate import EXAMPLES as SIMULATE_EXAMPLES
 from helm_engine.entrypoints.simulate import simulate
+from helm_engine.entrypoints.train_controller import EXAMPLES as TRAIN_EXAMPLES
+from helm_engine.entrypoints.train_controller import train_controller
 from helm_engine.entrypoints.waiting import progress_bar
 from helm_engine.version import __version__
 
@@ -101,6 +103,7 @@ app.command(cls=HelmCommand, epilog=BOUNDARY_EXAMPLES)(boundary)
 
 
 app.command(cls=HelmCommand, epilog=SIMULATE_EXAMPLES)(simulate)
+app.command("train-controller", cls=HelmCommand, epilog=TRAIN_EXAMPLES)(train_controller)
 
 
 app.command("publish-rows", cls=HelmCommand, epilog=PUBLISH_EXAMPLES)(publish_rows)
