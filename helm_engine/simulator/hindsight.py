@@ -150,12 +150,14 @@ class Case:
         return layout.emb_pages_of(share) / layout.num_pages
 
     def grid(self, step: int = 1) -> list[float]:
-        """Every so manieth share of the grid of 0.02 within the bounds; beyond floors only one."""
+        """Every so manieth share of the grid of 0.02 within the bounds, and its last one.
+
+        Of shares that floors make the same one is there.
+        """
         low, high = (
             round(bound * _STEPS) for bound in (self.config.least_share, self.config.largest_share)
         )
-        shares = [place / _STEPS for place in range(low, high + 1, step)]
-        if shares[-1] != high / _STEPS:
-            shares.append(high / _STEPS)
+        shares = [place / _STEPS for place in range(low, high + 1)]
         reached = {self.reached(share, 1): share for share in reversed(shares)}
-        return sorted(reached.values())
+        grid = sorted(reached.values())
+        return grid if step == 1 else sorted({*grid[::step], grid[-1]})
