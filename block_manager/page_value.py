@@ -79,8 +79,7 @@ class PageValueEstimator:
             ValueError: a share or the window is out of range.
         """
         self._num_pages = num_pages
-        self._rows_per_page = rows_per_page
-        self._row_miss_ms = costs.row_miss_ms
+        self._page_ms = rows_per_page * costs.row_miss_ms
         users = SpatialSample(config.user_share, config.seed)
         rows = SpatialSample(config.row_share, config.seed)
         most_pages = num_pages + self._step(num_pages)
@@ -148,22 +147,12 @@ class PageValueEstimator:
         return self._value(now)
 
     def _value(self, now: float) -> PageValue:
-        pages = self._kv.num_pages
-        step = self._step(pages)
-        low = max(0, pages - step)
-        more = self._kv.saved_ms(pages, pages + step) / step
-        less = self._kv.saved_ms(low, pages) / max(1, pages - low)
+        saved = self._kv.around(self._step(self._kv.num_pages))
         gains = self._emb.gains()
-        page_ms = self._rows_per_page * self._row_miss_ms
+        # What a sum is multiplied by to be a rate.
+        kv = self._kv_time.rate(1.0, now)
+        emb = self._emb_time.rate(self._page_ms, now)
         return PageValue(
-            TenantValue(
-                self._kv_time.rate(more, now),
-                self._kv_time.rate(less, now),
-                self._kv.num_samples(low, pages + step),
-            ),
-            TenantValue(
-                self._emb_time.rate(gains.more * page_ms, now),
-                self._emb_time.rate(gains.less * page_ms, now),
-                self._emb.num_samples,
-            ),
+            TenantValue(saved.more * kv, saved.less * kv, saved.num_samples),
+            TenantValue(gains.more * emb, gains.less * emb, self._emb.num_samples),
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from math import isfinite, log2
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import astuple
+from numba import njit
 
 HALF_SAMPLES = 100.0
 """So many samples make a confidence of one half in the vector."""
@@ -82,7 +85,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def is_finite(self) -> bool:
         """Whether every field is a number."""
-        return all(map(isfinite, msgspec.structs.astuple(self)))
+        # One that is none makes the sum none.
+        return isfinite(sum(astuple(self)))
 
     @property
     def p99_ms(self) -> float:
@@ -98,40 +102,9 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         x / (1 + x), so that neither the size of the pool nor that of a page matters. The balances
         compare what one tenant would gain with what the other would lose (`balance`).
         """
-        slo = self.slo_ms
-        worth = [
-            _squashed(page * self.num_pages / 1e3)
-            for page in (
-                self.kv_page_gain_ms,
-                self.kv_page_loss_ms,
-                self.emb_page_gain_ms,
-                self.emb_page_loss_ms,
-            )
-        ]
-        return np.array(
-            (
-                self.hot_user_share,
-                self.kv_hit_rate,
-                self.emb_hit_rate,
-                min(1.0, _log(self.mean_history_tokens) / 16.0),
-                self.slo_violation_rate,
-                self.emb_fraction,
-                min(4.0, self.p99_over_slo) / 4.0,
-                *worth,
-                balance(self.kv_page_gain_ms, self.emb_page_loss_ms),
-                balance(self.emb_page_gain_ms, self.kv_page_loss_ms),
-                min(1.0, _log(self.arrival_rate) / 16.0),
-                max(-1.0, min(1.0, log2(max(self.arrival_jump, 1e-3)) / 3.0)),
-                max(-1.0, min(1.0, self.arrival_jump_sigmas / 10.0)),
-                min(1.0, _log(self.foreground_bytes_per_s) / 40.0),
-                min(4.0, self.queue_delay_ms / slo) / 4.0,
-                self.refill_backlog,
-                self.target_lag,
-                min(1.0, self.age_s / 10.0),
-                *map(_confidence, (self.num_requests, self.kv_samples, self.emb_samples)),
-            ),
-            dtype=np.float32,
-        )
+        # All of one type: another mixture of integers would be compiled anew.
+        features: npt.NDArray[np.float32] = _features(tuple(map(float, astuple(self))))
+        return features
 
 
 FEATURES = (
@@ -169,13 +142,84 @@ def balance(gain: float, loss: float) -> float:
     return (gain - loss) / both if both > 0.0 else 0.0
 
 
-def _squashed(share: float) -> float:
+_balance = njit(cache=True)(balance)
+
+
+@njit(cache=True)
+def _features(fields: Any) -> Any:
+    """`Observation.vector` of the fields in their order, a tuple of floats."""
+    (
+        _,
+        hot_user_share,
+        kv_hit_rate,
+        emb_hit_rate,
+        mean_history_tokens,
+        slo_violation_rate,
+        emb_fraction,
+        p99_over_slo,
+        kv_page_gain_ms,
+        kv_page_loss_ms,
+        emb_page_gain_ms,
+        emb_page_loss_ms,
+        arrival_rate,
+        arrival_jump,
+        arrival_jump_sigmas,
+        foreground_bytes_per_s,
+        queue_delay_ms,
+        refill_backlog,
+        target_lag,
+        age_s,
+        num_requests,
+        kv_samples,
+        emb_samples,
+        num_pages,
+        _,
+        _,
+        _,
+        _,
+        slo_ms,
+    ) = fields
+    return np.array(
+        (
+            hot_user_share,
+            kv_hit_rate,
+            emb_hit_rate,
+            min(1.0, _log(mean_history_tokens) / 16.0),
+            slo_violation_rate,
+            emb_fraction,
+            min(4.0, p99_over_slo) / 4.0,
+            _squashed(kv_page_gain_ms * num_pages / 1e3),
+            _squashed(kv_page_loss_ms * num_pages / 1e3),
+            _squashed(emb_page_gain_ms * num_pages / 1e3),
+            _squashed(emb_page_loss_ms * num_pages / 1e3),
+            _balance(kv_page_gain_ms, emb_page_loss_ms),
+            _balance(emb_page_gain_ms, kv_page_loss_ms),
+            min(1.0, _log(arrival_rate) / 16.0),
+            max(-1.0, min(1.0, log2(max(arrival_jump, 1e-3)) / 3.0)),
+            max(-1.0, min(1.0, arrival_jump_sigmas / 10.0)),
+            min(1.0, _log(foreground_bytes_per_s) / 40.0),
+            min(4.0, queue_delay_ms / slo_ms) / 4.0,
+            refill_backlog,
+            target_lag,
+            min(1.0, age_s / 10.0),
+            _confidence(num_requests),
+            _confidence(kv_samples),
+            _confidence(emb_samples),
+        ),
+        dtype=np.float32,
+    )
+
+
+@njit(cache=True)
+def _squashed(share: Any) -> Any:
     return share / (1.0 + share)
 
 
-def _confidence(samples: float) -> float:
+@njit(cache=True)
+def _confidence(samples: Any) -> Any:
     return samples / (samples + HALF_SAMPLES)
 
 
-def _log(rate: float) -> float:
+@njit(cache=True)
+def _log(rate: Any) -> Any:
     return log2(1.0 + rate)
