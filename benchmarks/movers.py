@@ -63,7 +63,7 @@ class DemandCounter:
 
     def execute(self, step: SchedulerOutput) -> ModelOutput:
         """See `Executor.execute`."""
-        self.bytes += self._row_bytes * int(np.count_nonzero(~step.rows.resident))
+        self.bytes += self._row_bytes * step.rows.num_missing
         return self._executor.execute(step)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -28,14 +29,6 @@ class Distinct(NamedTuple):
     """How many tokens take each, int64 [n]."""
 
 
-class RowCount(NamedTuple):
-    """Distinct rows, in numbers."""
-
-    distinct: int
-    resident: int
-    """Those that are in the pool."""
-
-
 class DistinctRows:
     """Finds distinct rows by marking them in a dense array: sorting takes several times as long.
 
@@ -56,20 +49,27 @@ class DistinctRows:
             self._refuse(rows)
         return Distinct(row_ids, places, counts)
 
-    def count(self, rows: Int64Array, slot_of_row: Int32Array) -> RowCount:
-        """How many distinct ones there are of rows (int64 [tokens], NO_ROW among them).
+    def count(
+        self, rows: Int64Array, lengths: Sequence[int], slot_of_row: Int32Array
+    ) -> Int64Array:
+        """How many distinct rows each part has, and how many of these are in the pool.
 
         Args:
-            rows: each below `num_rows`.
+            rows: parts behind one another (int64 [tokens], NO_ROW among them), each below
+                `num_rows`.
+            lengths: tokens of each part, one part at least.
             slot_of_row: below 0 where a row is not in the pool, int32 [num_rows].
+
+        Returns:
+            Both numbers of each part, int64 [parts, 2].
 
         Raises:
             IndexError: a row is beyond the last.
         """
-        number, resident = _count(rows, slot_of_row, self._place_of_row)
-        if number < 0:
+        counts: Int64Array = _count(rows, np.array(lengths), slot_of_row, self._place_of_row)
+        if len(counts) != len(lengths):
             self._refuse(rows)
-        return RowCount(number, resident)
+        return counts
 
     def _refuse(self, rows: Int64Array) -> NoReturn:
         raise IndexError(f"row {rows.max()} is beyond the last of {len(self._place_of_row)}")
@@ -110,17 +110,24 @@ def _collect(rows: Any, place_of_row: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _count(rows: Any, slot_of_row: Any, place_of_row: Any) -> Any:
-    """Fields of `RowCount`, the first below 0 where a row is beyond the last."""
+def _count(rows: Any, lengths: Any, slot_of_row: Any, place_of_row: Any) -> Any:
+    """See `DistinctRows.count`; no part where a row is beyond the last."""
     if not _are_within(rows, len(place_of_row)):
-        return -1, 0
-    number = resident = 0
-    for row in rows:
-        if row >= 0 and place_of_row[row] < 0:
-            place_of_row[row] = number
-            number += 1
-            resident += slot_of_row[row] >= 0
+        return np.empty((0, 2), dtype=np.int64)
+    counts = np.zeros((len(lengths), 2), dtype=np.int64)
+    end = 0
+    for part in range(len(lengths)):
+        first, end = end, end + lengths[part]
+        number = resident = 0
+        for token in range(first, end):
+            row = rows[token]
+            # Marked by the part, so nothing is to be wiped off between two of them.
+            if row >= 0 and place_of_row[row] != part:
+                place_of_row[row] = part
+                number += 1
+                resident += slot_of_row[row] >= 0
+        counts[part, 0], counts[part, 1] = number, resident
     for row in rows:
         if row >= 0:
             place_of_row[row] = _UNMARKED
-    return number, resident
+    return counts

@@ -16,7 +16,7 @@ from block_manager.free_slots import FreeSlots
 from block_manager.page_pool import PageIds
 from block_manager.row_plan import NOWHERE, RefillPlan, RowMoves, RowPlan
 from block_manager.row_policy import AgedFrequency, RowIds
-from block_manager.slot_pages import SlotPages
+from block_manager.slot_pages import SlotPages, slots_of
 
 _NOTHING = np.empty(0, dtype=np.int64)
 
@@ -60,10 +60,12 @@ class EmbeddingCache:
         num_ids = num_pages * rows_per_page
         if num_ids > np.iinfo(np.int32).max:
             raise ValueError(f"rows_per_page: {num_ids} slots are more than the index can name")
+        if num_rows > np.iinfo(np.int32).max:
+            raise ValueError(f"num_rows: {num_rows} rows are more than the index can name")
         self._slot_of_row = np.full(num_rows, NOWHERE, dtype=np.int32)
-        self._row_of_slot = np.full(num_ids, NOWHERE, dtype=np.int64)
+        self._row_of_slot = np.full(num_ids, NOWHERE, dtype=np.int32)
         self._last_use = np.zeros(num_ids, dtype=np.int64)
-        self._free = FreeSlots(num_ids)
+        self._free = FreeSlots(num_pages, rows_per_page)
         self._victim_window = -(-_MIN_VICTIM_WINDOW // rows_stand_for)
         self._refill_window = -(-_REFILL_WINDOW // rows_stand_for)
         # Counted and not derived: metrics are read while a step runs on another thread.
@@ -174,7 +176,7 @@ class EmbeddingCache:
             self._pages.reserve(granted)
             homeless = np.flatnonzero(slots == NOWHERE)
             staging[homeless] = np.arange(len(homeless))
-        self._open_plan = RowPlan(row_ids, resident, slots, staging)
+        self._open_plan = RowPlan(row_ids, resident, slots, staging, num_missing)
         return self._open_plan
 
     def commit(self, plan: RowPlan) -> None:
@@ -243,24 +245,24 @@ class EmbeddingCache:
 
     def grow(self, page_ids: PageIds) -> None:
         """Takes pages (int64 [n]) that are not the tenant's; their slots are free at once."""
-        self._bury(self._admit_pages(page_ids))
+        self._admit_pages(page_ids)
+        if self._track_dead:
+            self._bury(slots_of(page_ids, self.rows_per_page))
         self._begin_refills()
 
     def _begin_refills(self) -> None:
         self._rows_to_scan, self._refill_tier = self.num_rows, 0
 
-    def _admit_pages(self, page_ids: PageIds) -> npt.NDArray[np.int64]:
+    def _admit_pages(self, page_ids: PageIds) -> None:
         self._pages.add(page_ids)
-        slots = self._pages.slots_of(page_ids)
-        self._free.put(slots)
+        self._free.put_pages(page_ids)
         self._resize_policy()
-        return slots
 
     def _resize_policy(self) -> None:
         self.policy.resize(max(self.num_slots, _PAGES_REMEMBERED * self.rows_per_page))
 
     def shrink(self, limit: int) -> tuple[PageIds, RowMoves]:
-        """Gives up to `limit` of the coldest pages away, between steps.
+        """Gives up to `limit` pages away, between steps: unused ones first, then the coldest.
 
         Rows on them that are hotter than rows elsewhere move there; the others are evicted. A page
         on which a refill has reserved slots stays.
@@ -272,9 +274,13 @@ class EmbeddingCache:
             IntegrityError: a step's row plan is open.
         """
         self._refuse_open_plan()
-        page_ids = self._pages.take_coldest(limit, self._row_of_slot, self.policy.counts)
+        unused = self._free.take_pages(limit)
+        self._pages.remove(unused)
+        coldest = self._pages.take_coldest(
+            limit - len(unused), self._row_of_slot, self.policy.counts
+        )
         warm, vacant, num_cold = row_kernels.vacate(
-            page_ids,
+            coldest,
             self.rows_per_page,
             self._slot_of_row,
             self._row_of_slot,
@@ -294,7 +300,7 @@ class EmbeddingCache:
         )
         self._evict(homeless)
         self._resize_policy()
-        return page_ids, RowMoves(sources, destinations)
+        return np.concatenate([unused, coldest]), RowMoves(sources, destinations)
 
     def forget(self, moves: RowMoves) -> None:
         """The copies may not have been made: the rows that were moved are no longer resident."""
@@ -412,7 +418,7 @@ class EmbeddingCache:
             ]
         )
         held = np.sort(np.concatenate([self._free.all_free(), reserved, occupied]))
-        if not np.array_equal(held, self._pages.slots_of(self.page_ids())):
+        if not np.array_equal(held, slots_of(self.page_ids(), self.rows_per_page)):
             raise IntegrityError("EMB: free, reserved and occupied slots are not all slots")
         self._pages.check_integrity(reserved)
         self.policy.check_integrity()

@@ -1,7 +1,8 @@
-"""The free slots of one width class: taken from the top, and out of the middle when a page leaves.
+"""The free slots of one width class: whole pages that came and were not used yet, and loose slots.
 
-A stack with an index of places. A slot is taken out of the middle by putting the top one into its
-place, so that a page of slots can leave at the cost of its own slots.
+A page comes and, as long as no row needed it, leaves again at the cost of one entry. Loose slots
+are a stack with an index of places: one is taken out of the middle by putting the top one into its
+place, so that a page that was used can leave at the cost of its own slots.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import numpy.typing as npt
 from numba import njit
 
 from block_manager.exceptions import IntegrityError
+from block_manager.page_pool import PageIds
+from block_manager.slot_pages import slots_of
 
 Slots = npt.NDArray[np.int64]
 
@@ -20,31 +23,53 @@ _NOT_FREE = -1
 
 
 class FreeSlots:
-    """Slots below `num_ids`; all operations are batches over arrays of distinct slots."""
+    """Slots of pages below `num_pages`; all operations are batches over distinct ones."""
 
-    def __init__(self, num_ids: int) -> None:
+    def __init__(self, num_pages: int, rows_per_page: int) -> None:
+        self._rows_per_page = rows_per_page
+        self._pages = np.empty(num_pages, dtype=np.int32)
+        self._num_pages = 0
+        num_ids = num_pages * rows_per_page
         self._stack = np.empty(num_ids, dtype=np.int32)
         self._place = np.full(num_ids, _NOT_FREE, dtype=np.int32)
-        self._number = 0
+        self._num_loose = 0
 
     def __len__(self) -> int:
         """Slots that are free."""
-        return self._number
+        return self._num_loose + self._num_pages * self._rows_per_page
 
     def take(self, limit: int) -> Slots:
-        """Takes up to `limit` slots, those that were put last first: int64 [n]."""
-        taken: Slots = _pop(self._stack, self._place, self._number, limit)
-        self._number -= len(taken)
-        return taken
+        """Takes up to `limit` slots, loose ones first: int64 [n]."""
+        loose: Slots = _pop(self._stack, self._place, self._num_loose, limit)
+        self._num_loose -= len(loose)
+        missing = limit - len(loose)
+        if missing < 1 or not self._num_pages:
+            return loose
+        page_ids = self.take_pages(-(-missing // self._rows_per_page))
+        opened = slots_of(page_ids, self._rows_per_page)
+        self.put(opened[missing:])
+        return np.concatenate([loose, opened[:missing]])
 
     def put(self, slots: Slots) -> None:
         """Adds slots (int64 [n]) that are not free; the first is taken first."""
-        _push(self._stack, self._place, self._number, slots)
-        self._number += len(slots)
+        _push(self._stack, self._place, self._num_loose, slots)
+        self._num_loose += len(slots)
 
     def discard(self, slots: Slots) -> None:
-        """Takes those of the slots (int64 [n]) out that are free."""
-        self._number = _discard(self._stack, self._place, self._number, slots)
+        """Takes those of the slots (int64 [n]) out that are loose."""
+        self._num_loose = _discard(self._stack, self._place, self._num_loose, slots)
+
+    def put_pages(self, page_ids: PageIds) -> None:
+        """Adds pages (int64 [n]) without any row."""
+        self._pages[self._num_pages : self._num_pages + len(page_ids)] = page_ids
+        self._num_pages += len(page_ids)
+
+    def take_pages(self, limit: int) -> PageIds:
+        """Takes up to `limit` pages that no row was put on since they came: int64 [n]."""
+        left = self._num_pages - max(0, min(limit, self._num_pages))
+        page_ids: PageIds = self._pages[left : self._num_pages].astype(np.int64)
+        self._num_pages = left
+        return page_ids
 
     def all_free(self) -> Slots:
         """Every free slot, int64, ascending.
@@ -52,12 +77,13 @@ class FreeSlots:
         Raises:
             IntegrityError: the stack and the index of places contradict each other.
         """
-        stack = self._stack[: self._number].astype(np.int64)
-        if not np.array_equal(self._place[stack], np.arange(self._number)):
+        stack = self._stack[: self._num_loose].astype(np.int64)
+        if not np.array_equal(self._place[stack], np.arange(self._num_loose)):
             raise IntegrityError("EMB: a free slot is not where its index says")
-        if int(np.count_nonzero(self._place != _NOT_FREE)) != self._number:
+        if int(np.count_nonzero(self._place != _NOT_FREE)) != self._num_loose:
             raise IntegrityError("EMB: the free slots are miscounted")
-        return np.sort(stack)
+        whole = self._pages[: self._num_pages].astype(np.int64)
+        return np.sort(np.concatenate([stack, slots_of(whole, self._rows_per_page)]))
 
 
 @njit(nogil=True, cache=True)

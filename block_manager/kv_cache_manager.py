@@ -84,12 +84,13 @@ class KVCacheManager:
             raise ValueError("user_tag: blocks without a user cannot be forgotten")
         return self.pool.evict_blocks(np.flatnonzero(self._user_of_block == user_tag))
 
-    def free(self, request_id: str) -> None:
-        """Lets go of a request's blocks, if it holds any; the tail is evicted first."""
-        blocks = self._held.pop(request_id, None)
-        if blocks is not None:
-            del self._num_cached[request_id]
-            self.pool.free_blocks(blocks[::-1])
+    def free(self, *request_ids: str) -> None:
+        """Lets go of the blocks of requests, of those that hold any; each one's tail goes first."""
+        held = [self._held.pop(one)[::-1] for one in request_ids if one in self._held]
+        if held:
+            for request_id in request_ids:
+                self._num_cached.pop(request_id, None)
+            self.pool.free_blocks(np.concatenate(held))
 
     def check_integrity(self) -> None:
         """Reference counts equal the running users.

@@ -124,7 +124,7 @@ def colder_slots(
         window: distinct slots.
         newcomers: hotness of rows that want a slot, falling, uint8 [n].
         counts: hotness of every row, uint8 [rows].
-        row_of_slot: NOWHERE where a slot is empty, int64 [slots].
+        row_of_slot: NOWHERE where a slot is empty, int32 [slots].
         last_use: number of the last step that used each slot, int64 [slots].
         step: number of the running step.
 

@@ -26,18 +26,20 @@ class RowPlan:
     """The row's slot, or NOWHERE when it was not admitted."""
     staging: npt.NDArray[np.int64]
     """The row's place in staging, or NOWHERE when it has a slot."""
+    num_missing: int
+    """Rows that are not resident."""
 
     @property
     def admitted(self) -> npt.NDArray[np.int64]:
         """Which rows must be loaded into their slots: places in the arrays, int64, ascending."""
-        if self.resident.all():
+        if not self.num_missing:
             return _NOTHING
         return np.flatnonzero(~self.resident & (self.slots != NOWHERE))
 
     @property
     def staged(self) -> npt.NDArray[np.int64]:
         """Which rows must be loaded into staging, likewise."""
-        return _NOTHING if self.resident.all() else np.flatnonzero(self.staging != NOWHERE)
+        return np.flatnonzero(self.staging != NOWHERE) if self.num_missing else _NOTHING
 
 
 @dataclass(frozen=True, slots=True)

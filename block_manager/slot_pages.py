@@ -20,6 +20,12 @@ _SAMPLED_RUNS, _SAMPLED_RUN = 4, 4
 _NOT_OURS = -1
 
 
+def slots_of(page_ids: PageIds, rows_per_page: int) -> npt.NDArray[np.int64]:
+    """Slots of pages (int64 [n]), page by page: int64 [n * rows_per_page]."""
+    places = np.arange(rows_per_page, dtype=np.int64)
+    return (page_ids[:, None] * rows_per_page + places).reshape(-1)
+
+
 class SlotPages:
     """Pages in a list without order; slot = page * rows_per_page + place."""
 
@@ -48,11 +54,6 @@ class SlotPages:
         """The pages, int64, ascending."""
         return np.sort(self._list[: self._number])
 
-    def slots_of(self, page_ids: PageIds) -> npt.NDArray[np.int64]:
-        """Slots of pages, page by page: int64 [pages * rows_per_page]."""
-        places = np.arange(self.rows_per_page, dtype=np.int64)
-        return (page_ids[:, None] * self.rows_per_page + places).reshape(-1)
-
     def have(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Whether slots (int64 [n]) are on pages that are here: bool [n]."""
         is_here: npt.NDArray[np.bool_] = self._place[slots // self.rows_per_page] != _NOT_OURS
@@ -66,16 +67,20 @@ class SlotPages:
         """
         if (self._place[page_ids] != _NOT_OURS).any():
             raise IntegrityError("EMB: a page came that is the tenant's already")
-        places = np.arange(self._number, self._number + len(page_ids))
-        self._list[places] = page_ids
-        self._place[page_ids] = places
-        self._number += len(page_ids)
+        number = self._number + len(page_ids)
+        self._list[self._number : number] = page_ids
+        self._place[page_ids] = np.arange(self._number, number)
+        self._number = number
+
+    def remove(self, page_ids: PageIds) -> None:
+        """Gives away pages (int64 [n]) that are here and have no reserved slots."""
+        self._number = _take_out(self._list, self._place, self._number, page_ids)
 
     def next_slots(self, least: int) -> npt.NDArray[np.int64]:
         """Slots of the next pages of the ring, at least so many unless there are fewer: int64."""
         pages = -(-least // self.rows_per_page)
         window, self._slot_hand = self._next(self._slot_hand, pages)
-        return self.slots_of(window)
+        return slots_of(window, self.rows_per_page)
 
     def _next(self, hand: int, pages: int) -> tuple[PageIds, int]:
         """The next pages of the ring from a hand on, and where the hand goes."""
@@ -93,13 +98,13 @@ class SlotPages:
         _count(self._reserved, slots, self.rows_per_page, -1)
 
     def take_coldest(
-        self, limit: int, row_of_slot: npt.NDArray[np.int64], counts: npt.NDArray[np.uint8]
+        self, limit: int, row_of_slot: npt.NDArray[np.int32], counts: npt.NDArray[np.uint8]
     ) -> PageIds:
         """Takes up to `limit` pages out, the coldest of the next ones of the ring: int64 [n].
 
         Args:
             limit: pages wanted.
-            row_of_slot: NOWHERE where a slot is empty, int64 [slots].
+            row_of_slot: NOWHERE where a slot is empty, int32 [slots].
             counts: hotness of every row, uint8 [rows].
         """
         limit = min(limit, self._number)
@@ -111,7 +116,7 @@ class SlotPages:
         window = window[self._reserved[window] == 0]
         heat = _heat_of(window, row_of_slot, counts, self.rows_per_page, limit)
         coldest: PageIds = window[np.argsort(heat, kind="stable")[:limit]]
-        self._number = _take_out(self._list, self._place, self._number, coldest)
+        self.remove(coldest)
         return coldest
 
     def check_integrity(self, reserved: npt.NDArray[np.int64]) -> None:
@@ -147,11 +152,13 @@ def _heat_of(page_ids: Any, row_of_slot: Any, counts: Any, rows_per_page: Any, l
     stride = max(_SAMPLED_RUN, rows_per_page // _SAMPLED_RUNS)
     for i in range(len(page_ids)):
         end = (page_ids[i] + 1) * rows_per_page
+        total = 0
         for first in range(end - rows_per_page, end, stride):
             for slot in range(first, min(first + _SAMPLED_RUN, end)):
-                if row_of_slot[slot] != NOWHERE:
-                    heat[i] += counts[row_of_slot[slot]]
-        num_cold += heat[i] == 0
+                row = row_of_slot[slot]
+                total += counts[max(row, 0)] * (row != NOWHERE)
+        heat[i] = total
+        num_cold += total == 0
         if num_cold == limit:
             return heat[: i + 1]
     return heat

@@ -56,7 +56,7 @@ def main() -> None:
     BlockPool(np.arange(1))
     row = np.zeros(1, dtype=np.int64)
     distinct, cache = DistinctRows(1), EmbeddingCache(row, rows_per_page=1, num_rows=1)
-    distinct.count(row, cache.slot_of_row)
+    distinct.count(row, [1], cache.slot_of_row)
     found = distinct.of(row)
     cache.commit(cache.plan(found.row_ids, found.counts))
     cache.shrink(1)
@@ -67,7 +67,7 @@ def main() -> None:
     request = ScheduledRequest("", 0, row, row, features=row.reshape(1, 1), task=None)
     build_paged_batch([request], 1, torch.device("cpu"))
     compile_kernels()
-    make_trace(load_workload("steady"), seed=0)
+    make_trace(load_workload("steady"), seed=0, scale=2)
     _compile_event_laws()
 
 

@@ -12,6 +12,8 @@ from helm_engine.exceptions import HelmError
 from model_executor.inputs.features import TokenSequence
 from model_executor.step import Float32Array, Int64Array, StepTimings
 
+_NO_TIMINGS = StepTimings(0.0, 0.0, 0.0)
+
 
 class ReuseBlocked(StrEnum):
     """Why a request's history could not meet cached KV."""
@@ -57,6 +59,10 @@ class Request:
     """Of whom; see `block_manager.block_hash.user_tag`."""
     reuse_hindrance: ReuseBlocked | None = None
     """Reported when no KV was reused."""
+    num_tokens: int = field(init=False)
+    """Tokens of the context."""
+    num_candidates: int = field(init=False)
+    """Candidates to score."""
 
     status: RequestStatus = RequestStatus.WAITING
     num_computed: int = 0
@@ -71,18 +77,13 @@ class Request:
     retrieved: tuple[Int64Array, Float32Array] | None = None
     first_scheduled: float | None = None
     finished_at: float = 0.0
-    timings_ms: StepTimings = field(default_factory=lambda: StepTimings(0.0, 0.0, 0.0))
+    timings_ms: StepTimings = _NO_TIMINGS
     error: HelmError | None = None
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the context."""
-        return len(self.tokens.rows)
-
-    @property
-    def num_candidates(self) -> int:
-        """Candidates to score."""
-        return len(self.tokens.candidate_rows)
+    def __post_init__(self) -> None:
+        """Counts once what a scheduler asks for many times in a step."""
+        self.num_tokens = len(self.tokens.rows)
+        self.num_candidates = len(self.tokens.candidate_rows)
 
     @property
     def is_retrieval(self) -> bool:
@@ -119,6 +120,9 @@ class Request:
     def add_timings(self, step: StepTimings) -> None:
         """Counts a step's phases as this request's too: it waited for all of them."""
         spent = self.timings_ms
+        if spent is _NO_TIMINGS:
+            self.timings_ms = step  # As for nearly all: they take one step.
+            return
         self.timings_ms = StepTimings(
             spent.load + step.load, spent.prefill + step.prefill, spent.score + step.score
         )

@@ -12,7 +12,6 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import count, takewhile
 from math import inf
-from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +32,7 @@ from helm_engine.config import SchedulerConfig
 from helm_engine.exceptions import DeadlineExceededError, HelmError, QueueFullError
 from helm_engine.request import Request, RequestStatus
 from helm_engine.request_queue import QueueKey, RequestQueue
+from helm_engine.step_share import StepShare, share_of
 from helm_engine.step_times import StepTimes
 from model_executor.capabilities import StepRules
 from model_executor.step import (
@@ -74,22 +74,6 @@ class SchedulerStats:
     """Distinct rows asked for, step by step."""
     row_hits: int = 0
     """Those that were in the pool."""
-
-
-class _Share(NamedTuple):
-    """What one request gets of a step."""
-
-    request: Request
-    start: int
-    num_rows: int
-    num_candidates: int
-
-    @property
-    def row_ids(self) -> list[Int64Array]:
-        """Pool rows of the share, NO_ROW where a token takes none: context, then candidates."""
-        tokens, first = self.request.tokens, self.request.num_scored
-        rows = tokens.rows[self.start : self.start + self.num_rows]
-        return [rows, tokens.candidate_rows[first : first + self.num_candidates]]
 
 
 class Scheduler:
@@ -187,16 +171,15 @@ class Scheduler:
             request.error = error
             self._failed.append(request)
 
-    def _release(self, request: Request) -> None:
-        """Takes a request out of the queues that it is in and gives back its blocks."""
-        live = self._live.pop(request.request_id)
-        if request.status is RequestStatus.RUNNING:
-            self._running.remove(live.urgency)
-            self.kv.free(request.request_id)
-        else:
-            self._waiting.remove(live.urgency)
-        if request.deadline < inf:
-            self._deadlines.remove(live.deadline)
+    def _release(self, *requests: Request) -> None:
+        """Takes requests out of the queues that they are in and gives back their blocks."""
+        for request in requests:
+            live = self._live.pop(request.request_id)
+            is_running = request.status is RequestStatus.RUNNING
+            (self._running if is_running else self._waiting).remove(live.urgency)
+            if request.deadline < inf:
+                self._deadlines.remove(live.deadline)
+        self.kv.free(*(request.request_id for request in requests))
         if not self._live:
             self._step_times.forget()
 
@@ -238,15 +221,16 @@ class Scheduler:
         for request in hopeless:
             self.fail(request, DeadlineExceededError(_TOO_NEAR))
 
-    def _share_budget(self, now: float) -> list[_Share]:
+    def _share_budget(self, now: float) -> list[StepShare]:
         """Gives the budget to running and waiting requests, earliest deadline first.
 
         A waiting request that finds no blocks is not overtaken by later ones, so none starves.
         """
         budget = self.config.max_num_batched_tokens
         running = deque(self._running)
+        admitted: list[Request] = []
         admitting = True
-        shares: list[_Share] = []
+        shares: list[StepShare] = []
         while budget > 0:
             waiting = self._waiting.first if admitting else None
             if waiting is not None and (not running or waiting[0] < running[0][0]):
@@ -254,28 +238,40 @@ class Scheduler:
                 if not admitting:
                     continue
                 request = waiting[1]
+                admitted.append(request)
             elif running:
                 request = running.popleft()[1]
             else:
                 break
-            share = self._share_of(request, budget)
+            share = share_of(request, budget, self.rules)
             if share is not None and shares and self._is_in_vain(share, now):
                 self.fail(request, DeadlineExceededError(_TOO_NEAR))
             elif share is not None:
                 shares.append(share)
-                budget -= share.num_rows + share.num_candidates
+                budget -= share.num_tokens
+        self._count_rows(admitted)
         return shares
 
-    def _is_in_vain(self, share: _Share, now: float) -> bool:
+    def _count_rows(self, admitted: list[Request]) -> None:
+        """What requests need of the table: candidates, and what of the context is not cached."""
+        if not admitted:
+            return
+        parts = [
+            part
+            for one in admitted
+            for part in (one.tokens.rows[one.cached_tokens :], one.tokens.candidate_rows)
+        ]
+        lengths = [one.num_tokens - one.cached_tokens + one.num_candidates for one in admitted]
+        counts = self._distinct.count(np.concatenate(parts), lengths, self.emb.slot_of_row)
+        for request, (needed, resident) in zip(admitted, counts.tolist(), strict=True):
+            request.rows_requested, request.rows_resident = needed, resident
+
+    def _is_in_vain(self, share: StepShare, now: float) -> bool:
         """Whether a request that this step does not finish would be late after the next."""
-        request = share.request
-        if request.deadline == inf:
+        deadline = share.request.deadline
+        if deadline == inf or share.is_last:
             return False
-        reaches_end = share.start + share.num_rows == request.num_tokens
-        is_last = (
-            reaches_end and request.num_scored + share.num_candidates == request.num_candidates
-        )
-        return not is_last and request.deadline < now + 2 * self._step_times.expected
+        return deadline < now + 2 * self._step_times.expected
 
     def _admit(self, key: QueueKey, request: Request, now: float) -> bool:
         if len(self._running) >= self.config.max_num_seqs:
@@ -302,38 +298,14 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         request.first_scheduled = now
         request.num_computed = request.cached_tokens = cached
-        tokens = request.tokens
-        rows = tokens.candidate_rows
-        if cached < request.num_tokens:
-            rows = np.concatenate([tokens.rows[cached:], rows])
-        needed = self._distinct.count(rows, self.emb.slot_of_row)
-        request.rows_requested, request.rows_resident = needed
         self._waiting.remove(key)
         self._running.add(key, request)
         self.stats.prefix_queries += request.num_tokens
         self.stats.prefix_hits += cached
         return True
 
-    def _share_of(self, request: Request, budget: int) -> _Share | None:
-        """What a request gets of the budget; None when that would bring it nothing."""
-        rules, length = self.rules, request.num_tokens
-        start = min(request.num_computed, length - rules.recomputes_last_row)
-        num_rows = min(length - start, budget)
-        reaches_end = start + num_rows == length
-        if not reaches_end and not rules.chunkable:
-            return None  # It is first in line for a whole step's budget in time.
-        num_candidates = 0
-        if reaches_end:
-            remaining = request.num_candidates - request.num_scored
-            num_candidates = min(remaining, budget - num_rows)
-            if num_candidates < remaining:
-                num_candidates -= num_candidates % rules.microbatch_unit
-        if request.num_computed == length and not request.is_retrieval and num_candidates == 0:
-            return None  # Recomputing the last row alone would bring nothing.
-        return _Share(request, start, num_rows, num_candidates)
-
     def _build_step(
-        self, shares: list[_Share], moves: RowMoves, refill: RefillPlan | None, now: float
+        self, shares: list[StepShare], moves: RowMoves, refill: RefillPlan | None, now: float
     ) -> SchedulerOutput:
         rows = self._distinct.of(
             np.concatenate([_NO_ROWS, *(part for share in shares for part in share.row_ids)])
@@ -342,13 +314,12 @@ class Scheduler:
             self.page_values.set_capacity(self.kv.pool.num_pages, self.emb.num_pages)
             self.page_values.observe_step(rows.row_ids, rows.counts, now)
         plan = self.emb.plan(rows.row_ids, rows.counts)
-        num_rows, num_resident = len(rows.row_ids), int(np.count_nonzero(plan.resident))
-        self.stats.row_queries += num_rows
-        self.stats.row_hits += num_resident
-        self.refills.count_demand(num_rows - num_resident, now)
+        self.stats.row_queries += len(plan.row_ids)
+        self.stats.row_hits += len(plan.row_ids) - plan.num_missing
+        self.refills.count_demand(plan.num_missing, now)
         scheduled, first = [], 0
         for share in shares:
-            end = first + share.num_rows + share.num_candidates
+            end = first + share.num_tokens
             scheduled.append(self._schedule_share(share, rows.places[first:end]))
             first = end
         return SchedulerOutput(
@@ -360,7 +331,7 @@ class Scheduler:
             refill=refill,
         )
 
-    def _schedule_share(self, share: _Share, row_index: Int64Array) -> ScheduledRequest:
+    def _schedule_share(self, share: StepShare, row_index: Int64Array) -> ScheduledRequest:
         request = share.request
         end = share.start + share.num_rows
         table = self.kv.block_table(request.request_id)
@@ -394,10 +365,11 @@ class Scheduler:
             request = live.request
             self._commit(request, scheduled, output)
             if request.is_done:
-                self._release(request)
-                request.status = RequestStatus.FINISHED
-                request.finished_at = now
                 finished.append(request)
+        self._release(*finished)
+        for request in finished:
+            request.status = RequestStatus.FINISHED
+            request.finished_at = now
         return finished
 
     def _commit(self, request: Request, scheduled: ScheduledRequest, output: ModelOutput) -> None:

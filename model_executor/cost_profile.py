@@ -7,7 +7,6 @@ from math import inf
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from model_executor.step import Retrieval, SchedulerOutput, StepTimings
 
@@ -56,7 +55,7 @@ class CostProfile:
             pairs += num_rows * request.start + num_rows * (num_rows + 1) // 2
             candidates += request.num_candidates
             retrievals += isinstance(request.task, Retrieval)
-        missing = int(np.count_nonzero(~step.rows.resident))
+        missing = step.rows.num_missing
         load = self.row_copy_ms * len(step.moves)
         if missing:
             load += self.round_trip_ms + self.row_miss_ms * missing

@@ -37,9 +37,9 @@ from model_executor.step import (
 class PhaseTimer:
     """Milliseconds per phase; on CUDA by events, so that timing adds no synchronisation."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, on_cuda: bool) -> None:
         """Starts the first phase."""
-        self._cuda = device.type == "cuda"
+        self._cuda = on_cuda
         self._times: list[float] = []
         self._events: list[torch.cuda.Event] = []
         self.mark()
@@ -58,12 +58,11 @@ class PhaseTimer:
         self.mark()
         if self._cuda:
             self._events[-1].synchronize()
-            load, prefill, score = (
-                begin.elapsed_time(end) for begin, end in pairwise(self._events)
-            )
-        else:
-            load, prefill, score = ((end - begin) * 1e3 for begin, end in pairwise(self._times))
-        return StepTimings(load, prefill, score)
+            return StepTimings(*(begin.elapsed_time(end) for begin, end in pairwise(self._events)))
+        start, loaded, prefilled, scored = self._times
+        return StepTimings(
+            (loaded - start) * 1e3, (prefilled - loaded) * 1e3, (scored - prefilled) * 1e3
+        )
 
 
 class ModelRunner:
@@ -95,6 +94,7 @@ class ModelRunner:
         self._layout = layout
         self._attention = attention
         self._device = device
+        self._on_cuda = device.type == "cuda"
         # Nothing here asks for gradients, so nothing is recorded: to enter torch's inference mode
         # for each step would take longer than it spares.
         model.requires_grad_(False)
@@ -118,7 +118,7 @@ class ModelRunner:
 
         Candidates of a ranking model run through the layers with the histories, in `prefill`.
         """
-        timer = PhaseTimer(self._device)
+        timer = PhaseTimer(self._on_cuda)
         self._prepare_memory(step)
         addresses = self._load_rows(step.rows)
         timer.mark()
@@ -127,12 +127,16 @@ class ModelRunner:
             return self._ended(step, ModelOutput({}, {}, timer.result()))
         batch = self._batch(step.requests)
         rows = self._token_rows(step.requests, addresses)
+        # Cut here, while torch's own code is still in the processor's cache.
+        num_candidate_rows = len(rows) - batch.num_context_rows
+        _, candidate_rows = torch.split_with_sizes(
+            rows, (batch.num_context_rows, num_candidate_rows)
+        )
         x = self.model.embed(rows, batch)
         encoded = self.model.encode(x, batch, self.arena.kv, self._attention)
         timer.mark()
         retrieved: dict[str, tuple[Int64Array, Float32Array]] = {}
         if isinstance(self.model, RankingModel):
-            candidate_rows = rows[batch.num_context_rows :]
             scores = self.model.score(encoded, candidate_rows, batch)
         else:
             assert isinstance(self.model, RetrievalModel)

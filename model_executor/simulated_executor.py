@@ -107,7 +107,7 @@ class SimulatedExecutor:
     def _wait_for_link(self, step: SchedulerOutput) -> float:
         """Milliseconds until the chunk of a refill that is on the link is through."""
         chunk_ms = self._chunk_ms
-        if self._refill is None or step.rows.resident.all() or not chunk_ms:
+        if self._refill is None or not step.rows.num_missing or not chunk_ms:
             return 0.0
         left = self._refill_ms - self._refill_done_ms
         wait = min(left, chunk_ms - self._refill_done_ms % chunk_ms)

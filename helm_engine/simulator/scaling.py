@@ -8,17 +8,18 @@ engine's own code works on differs.
 
 Rows are sampled in the manner of SHARDS (Waldspurger, Park, Garthwaite and Ahmad, FAST 2015): all
 lookups of a chosen row are seen, and slots shrink with the rows. Users are not: of a hundred
-regulars the share that KV has room for would be told from six of them.
+regulars one in sixteen are six, too few to tell what share of them KV has room for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from block_manager.block_hash import BlockHash
 from block_manager.block_pool import BlockPool
@@ -30,12 +31,13 @@ from helm_engine.simulator.workloads import Setting
 from model_executor.cost_profile import CostProfile
 from model_executor.step import NO_ROW
 
+Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 SCALES = (1, 2, 4, 8, 16, 32, 64)
 
-
 _GOLDEN, _MASK = 0x9E3779B9, (1 << 32) - 1
+"""Fibonacci hashing of 32 bits: multiples of the golden ratio are spread evenly."""
 
 
 def check_scale(scale: int) -> None:
@@ -53,28 +55,36 @@ def check_scale(scale: int) -> None:
 # ---------------------------------------------------------------- rows
 
 
-def sampled_rows(setting: Setting, scale: int) -> tuple[Int64Array, int]:
+def sampled_rows(setting: Setting, scale: int) -> tuple[Int32Array, int]:
     """Numbers one row in `scale`: the same ones for every seed.
 
     Items of one rank are alike in popularity whatever their category. Of each rank the same number
     of categories is chosen, by a hash of the rank: which of the few hottest rows are in the sample
-    would else decide what it hits.
+    would else decide what it hits. Where there are no categories, the hash alone chooses.
 
     Returns:
-        The number of each row, or NO_ROW, int64 [num_items]; how many are chosen.
+        The number of each row, or NO_ROW, int32 [num_items]; how many are chosen.
     """
-    return _sampled_rows(setting.num_items, setting.num_categories, scale)
+    return _sampled_rows(setting.num_items, setting.num_categories or 1, scale)
 
 
-@lru_cache(maxsize=4)
-def _sampled_rows(num_items: int, num_categories: int, scale: int) -> tuple[Int64Array, int]:
-    categories, ranks = np.divmod(np.arange(num_items), num_items // num_categories)
-    shifts = (ranks * _GOLDEN & _MASK) * scale >> 32
-    chosen = np.flatnonzero((categories + shifts) % scale == 0)
-    numbers = np.full(num_items, NO_ROW, dtype=np.int64)
-    numbers[chosen] = np.arange(len(chosen))
+@lru_cache(maxsize=2)  # A trace and its engine need the same.
+def _sampled_rows(num_items: int, num_categories: int, scale: int) -> tuple[Int32Array, int]:
+    numbers, number = _number_rows(num_items, num_items // num_categories, scale)
     numbers.flags.writeable = False
-    return numbers, len(chosen)
+    return numbers, number
+
+
+@njit(nogil=True, cache=True)
+def _number_rows(num_items: Any, category_size: Any, scale: Any) -> Any:
+    numbers = np.full(num_items, NO_ROW, dtype=np.int32)
+    number = 0
+    for item in range(num_items):
+        category, rank = item // category_size, item % category_size
+        if (category + ((rank * _GOLDEN & _MASK) * scale >> 32)) % scale == 0:
+            numbers[item] = number
+            number += 1
+    return numbers, number
 
 
 # ---------------------------------------------------------------- histories
@@ -131,7 +141,6 @@ def coarse_history(
         block_tokens: of a block that is not coarse.
         scale: blocks that a coarse one stands for.
     """
-    # Fibonacci hashing: multiples of the golden ratio are spread evenly.
     phase = (person * _GOLDEN & _MASK) * scale >> 32
     full = num_tokens // block_tokens
     history = CoarseHistory(hashes[: (full + phase) // scale])

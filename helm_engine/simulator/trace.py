@@ -158,7 +158,7 @@ def make_trace(
         hashes = _hashes(events, starts, digests, model_version, setting.block_tokens)
     else:
         numbers, _ = sampled_rows(setting, scale)
-        events, candidates = numbers[events], numbers[candidates]
+        events, candidates = (numbers[one].astype(np.int64) for one in (events, candidates))
         hashes = coarse_hashes(longest, digests, setting.block_tokens, scale)
     return Trace(
         workload=workload,

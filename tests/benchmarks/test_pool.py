@@ -48,10 +48,10 @@ def test_bytes_are_those_of_all_arrays_wherever_they_are_kept() -> None:
         def __init__(self) -> None:
             self.number, self.table = 3, np.zeros(5, dtype=np.int32)
             self.same = self.table[:3]
-            self.free = FreeSlots(7)
+            self.free = FreeSlots(2, rows_per_page=5)
 
-    # A slot in the stack and its place, int32 both; what is shared counts once.
-    assert bytes_held(Owner()) == 5 * 4 + 7 * (4 + 4)
+    # A slot in the stack and its place, int32 both, and a page; what is shared counts once.
+    assert bytes_held(Owner()) == 5 * 4 + 10 * (4 + 4) + 2 * 4
 
 
 def test_without_vllm_the_ratio_is_missing_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,21 +31,27 @@ def test_a_row_beyond_the_last_is_refused() -> None:
 
 
 @given(
-    st.lists(st.lists(st.integers(NO_ROW, NUM_ROWS - 1), max_size=40), max_size=4),
+    st.lists(
+        st.lists(st.lists(st.integers(NO_ROW, NUM_ROWS - 1), max_size=20), min_size=1, max_size=4),
+        max_size=4,
+    ),
     st.sets(st.integers(0, NUM_ROWS - 1)),
 )
-def test_rows_are_counted_call_after_call(calls: list[list[int]], resident: set[int]) -> None:
+def test_rows_of_each_part_are_counted_call_after_call(
+    calls: list[list[list[int]]], resident: set[int]
+) -> None:
     distinct = DistinctRows(NUM_ROWS)
     slots = np.array([row if row in resident else -1 for row in range(NUM_ROWS)], dtype=np.int32)
-    for rows in calls:
-        needed = set(rows) - {NO_ROW}
-        counted = distinct.count(np.array(rows, dtype=np.int64), slots)
-        assert counted == (len(needed), len(needed & resident))
-        assert distinct.of(np.array(rows, dtype=np.int64)).row_ids.size == len(needed)
+    for parts in calls:
+        rows = np.array([row for part in parts for row in part], dtype=np.int64)
+        needed = [set(part) - {NO_ROW} for part in parts]
+        counted = distinct.count(rows, [len(part) for part in parts], slots)
+        assert counted.tolist() == [[len(one), len(one & resident)] for one in needed]
+        assert distinct.of(rows).row_ids.size == len(set().union(*needed))
 
 
 def test_a_row_beyond_the_last_is_not_counted() -> None:
     distinct, slots = DistinctRows(NUM_ROWS), np.zeros(NUM_ROWS, dtype=np.int32)
     with pytest.raises(IndexError, match="row 20"):
-        distinct.count(np.array([3, NUM_ROWS]), slots)
-    assert distinct.count(np.array([3]), slots) == (1, 1)
+        distinct.count(np.array([3, NUM_ROWS]), [2], slots)
+    assert distinct.count(np.array([3]), [1], slots).tolist() == [[1, 1]]

@@ -197,6 +197,20 @@ def test_slots_of_a_page_that_has_left_are_not_among_the_dead() -> None:
     cache.check_integrity()
 
 
+def test_pages_that_came_and_were_not_used_leave_before_any_with_a_row() -> None:
+    cache = EmbeddingCache(np.array([1]), ROWS_PER_PAGE, NUM_ROWS, num_pages=9)
+    cache.commit(plan_rows(cache, {row: 1 for row in range(3)}))
+    cache.grow(np.array([4, 7, 8]))
+    # The free slot beside other rows is used before a page is opened.
+    cache.commit(plan_rows(cache, {10: 1, 11: 1}))
+    assert cache.page_ids().tolist() == [1, 4, 7, 8]
+    leaving, moves = cache.shrink(3)
+    assert len(leaving) == 3 and 1 not in leaving
+    # The row of the page that was opened has nowhere to go: no other is colder.
+    assert len(moves) == 0 and cache.num_evictions == 1
+    cache.check_integrity()
+
+
 # ---------------------------------------------------------------- planted corruption
 # The only tests here that reach into private state: no public call can break the books.
 
@@ -257,3 +271,8 @@ def test_the_hottest_absent_rows_are_refilled_first() -> None:
 def test_more_slots_than_the_index_can_name_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^rows_per_page: 2147483648 slots are more than"):
         EmbeddingCache(np.array([], dtype=np.int64), 1 << 11, 10, num_pages=1 << 20)
+
+
+def test_more_rows_than_a_slot_can_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^num_rows: 2147483648 rows are more than"):
+        EmbeddingCache(np.array([], dtype=np.int64), 1, 1 << 31)

@@ -231,6 +231,22 @@ def test_freeing_an_unknown_request_changes_nothing() -> None:
     check(kv)
 
 
+def test_requests_that_are_freed_at_once_give_back_all_blocks_each_tail_first() -> None:
+    kv = make_manager(num_pages=8)
+    for name, shared in (("first", 0), ("second", 4)):
+        hashes = hashes_of((0, 1, 0, 1, 0, 1))
+        assert kv.allocate(name, hashes, 6, 4) == shared
+        kv.cache_blocks(name, hashes, 4, 1)
+    first, second = (kv.block_table(name).tolist() for name in ("first", "second"))
+    kv.free("first", "nobody", "second")
+    assert kv.pool.num_held_blocks == 0
+    # What nobody can reuse is handed out first; of a shared prefix the end, and then its beginning.
+    order = kv.pool.free_block_ids().tolist()
+    assert order[:2] == [first[-1], second[-1]]
+    assert order[-2:] == [first[1], first[0]]
+    check(kv)
+
+
 def test_self_check_finds_a_block_with_a_reader_too_many() -> None:
     kv = make_manager(num_pages=8)
     kv.allocate("first", [], 3, 2)

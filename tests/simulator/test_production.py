@@ -16,6 +16,7 @@ from helm_engine.simulator.events.production import (
     ProductionLaw,
     fit_row_classes,
 )
+from helm_engine.simulator.scaling import sampled_rows
 from helm_engine.simulator.trace import make_trace
 from tests.simulator.small import regime, setting, workload
 
@@ -85,3 +86,16 @@ def test_a_workload_runs_over_it() -> None:
     same, other = make_trace(laws, 1), make_trace(laws, 2)
     np.testing.assert_array_equal(trace.events, same.events)
     assert len(other.events) != len(trace.events)
+
+
+def test_a_sample_of_the_rows_has_its_part_of_the_lookups() -> None:
+    """What `--scale` relies on, but for the hottest hundredth, which EMB always has."""
+    sizes = setting(
+        data="production", num_items=200_000, num_categories=None, categories_per_user=None
+    )
+    items = first_histories(ProductionLaw(sizes.num_items, [regime()]), 1_000_000, 10)
+    for scale in (4, 16):
+        numbers, number = sampled_rows(sizes, scale)
+        assert number == pytest.approx(sizes.num_items / scale, rel=0.01)
+        others = items[items > sizes.num_items // 100]
+        assert (numbers[others] >= 0).mean() == pytest.approx(1 / scale, rel=0.03)

@@ -1,10 +1,10 @@
 """Events of the setting `production`: rows are reused as often as published traces say.
 
-The figures are Meta's, of one batch of its 2022 synthetic data set of embedding lookups, whose reuse
-is that of training its production ads models (facebookresearch/dlrm_datasets, MIT licence, README
-and embedding_bag/2022/locality_stats.txt; 16 batches agree to the third digit): how many lookups go
-to rows that the batch reads once, twice, three or four times, and so on. Its 131,072 samples look
-up 1.405 billion rows of 788 tables, 10,700 a sample; 110 million rows are met at all.
+The figures are Meta's, of one batch of its 2022 synthetic data set of embedding lookups, whose
+reuse is that of training its production ads models (facebookresearch/dlrm_datasets, MIT licence,
+README and embedding_bag/2022/locality_stats.txt; 16 batches agree to the third digit): how many
+lookups go to rows that the batch reads once, twice, three or four times, and so on. Its 131,072
+samples look up 1.405 billion rows of 788 tables, 10,700 a sample; 110 million rows are met at all.
 
 A row that is looked up at a rate of x per batch is met a Poisson number of times. So the published
 shares are those of a mixture of Poisson laws, and the mixture that explains them best says which
