@@ -88,8 +88,11 @@ class PageValueEstimator:
         self._kv_time = DecayedSeconds(config.window_s)
         self._emb_time = DecayedSeconds(config.window_s)
         self._emb_pages = 0
+        self._priced_at = 0
+        """KV pages when `latest` was worked out."""
         self.latest = PageValue()
-        """As of the last time that sums faded: a 64th of the window is the most it lags."""
+        """As of one of the last steps: it is not older than a 64th of the window then, and of a
+        split that differs by less than a quarter of a step."""
 
     def set_capacity(self, kv_pages: int, emb_pages: int) -> None:
         """Takes the pages that each tenant has now; KV's with the null block.
@@ -130,13 +133,21 @@ class PageValueEstimator:
         self._emb.observe(row_ids, times)
         self._fade(now)
 
-    def _fade(self, now: float) -> None:
+        pages = self._kv.num_pages
+        moved = abs(pages - self._priced_at)
+        is_far = moved and moved * _LEAST_MOVES_PER_STEP >= self._step(pages)
+        if self._fade(now) or is_far:
+            self.latest, self._priced_at = self._value(now), pages
+
+    def _fade(self, now: float) -> bool:
+        """Whether so much time has passed that sums were to fade."""
         factor = self._kv_time.advance(now)
-        if factor is not None:
-            self._emb_time.advance(now)  # They tick together.
-            self._kv.fade(factor)
-            self._emb.fade(factor)
-            self.latest = self._value(now)
+        if factor is None:
+            return False
+        self._emb_time.advance(now)  # They tick together.
+        self._kv.fade(factor)
+        self._emb.fade(factor)
+        return True
 
     def estimate(self, now: float) -> PageValue:
         """What one page more or less is worth at the present split.

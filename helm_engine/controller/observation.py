@@ -16,7 +16,7 @@ HALF_SAMPLES = 100.0
 
 
 # A struct is built in a tenth of the time of a frozen dataclass, and one is built for each query.
-class Observation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class Observation(msgspec.Struct, frozen=True, gc=False):
     """An engine as of one moment; what is a mean fades, see `WindowConfig`.
 
     The seven after the clock are the state of the HELM paper's controller (Yu, Han and Zhou, arXiv
@@ -71,7 +71,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     emb_samples: float = 0.0
     """Row lookups behind the worth of EMB pages, faded."""
 
-    num_pages: int = 1
+    num_pages: float = 1.0
     """Pages of the pool; makes the worth of a page comparable between pools."""
     p50_over_slo: float = 0.0
     """Other quantiles of the latency, likewise in service levels."""

@@ -102,7 +102,7 @@ def play(seed: int, seconds: float) -> tuple[ObservationCollector, Reference, fl
         stats.row_queries += added[2] + added[3]
         stats.row_hits += added[3]
         reference.totals.append((now, added[0] + added[1], added[1], added[2] + added[3], added[3]))
-        collector.observe_steps(now)
+        collector.observe(now)  # Takes over the totals.
     return collector, reference, now
 
 
