@@ -131,8 +131,6 @@ class PageValueEstimator:
     ) -> None:
         """Takes the distinct rows of a step (int64 [n]), and how often it uses each."""
         self._emb.observe(row_ids, times)
-        self._fade(now)
-
         pages = self._kv.num_pages
         moved = abs(pages - self._priced_at)
         is_far = moved and moved * _LEAST_MOVES_PER_STEP >= self._step(pages)

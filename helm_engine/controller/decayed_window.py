@@ -13,7 +13,7 @@ that another thread has taken meanwhile takes milliseconds.
 
 from __future__ import annotations
 
-from math import exp, log2
+from math import exp, log
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ LEAST_MS = 0.01
 BINS_PER_DOUBLING = 16
 NUM_BINS = 24 * BINS_PER_DOUBLING
 """From 10 microseconds to almost three minutes; what is beyond falls into the last bin."""
+_LOG_BIN = log(2.0) / BINS_PER_DOUBLING
 
 
 def decayed_window(window_s: float, num_sums: int, now: float) -> npt.NDArray[np.float64]:
@@ -76,11 +77,11 @@ def bin_of(milliseconds: Any) -> Any:
     """In which of the NUM_BINS bins of 4.4 % a value is counted."""
     if not milliseconds > LEAST_MS:
         return 0
-    return int(min(BINS_PER_DOUBLING * log2(milliseconds / LEAST_MS), NUM_BINS - 1.0))
+    return int(min(log(milliseconds / LEAST_MS) / _LOG_BIN, NUM_BINS - 1.0))
 
 
 @njit(cache=True)
-def quantiles(bins: Any, shares: Any) -> Any:
+def quantiles(bins: Any, top: Any, total: Any, shares: Any) -> Any:
     """Milliseconds below which shares (0..1, falling) of the values lie; 0 where nothing is.
 
     Each lies in the bin of the exact quantile. High ones are a few bins away from the largest
@@ -88,18 +89,17 @@ def quantiles(bins: Any, shares: Any) -> Any:
 
     Args:
         bins: weights, float64 [NUM_BINS].
+        top: no bin above it holds anything.
+        total: of the weights.
         shares: a tuple.
 
     Returns:
         float64 [shares].
     """
     found = np.zeros(len(shares))
-    total = 0.0
-    for inside in bins:
-        total += inside
     if not total > 0.0:
         return found
-    place, passed = NUM_BINS - 1, 0.0
+    place, passed = int(top), 0.0
     for i in range(len(shares)):
         above = (1.0 - shares[i]) * total
         while place and (bins[place] == 0.0 or above - passed > bins[place]):
@@ -107,5 +107,6 @@ def quantiles(bins: Any, shares: Any) -> Any:
             place -= 1
         inside = bins[place]
         part = 1.0 - min(1.0, (above - passed) / inside) if inside > 0.0 else 0.0
-        found[i] = LEAST_MS * 2.0 ** ((place + part) / BINS_PER_DOUBLING)
+        # Not a power of two: the code of exp is in the caches already.
+        found[i] = LEAST_MS * exp((place + part) * _LOG_BIN)
     return found

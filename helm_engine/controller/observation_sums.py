@@ -30,7 +30,9 @@ _SLO_MS, _ROW_BYTES, _NUM_PAGES, _LAST_ENDED = range(4)
 _TOTALS = 4
 """Of the scheduler, as last taken over: context tokens, those that were reused, rows, those that
 were in the pool."""
-_ARRIVALS = 8
+_TOP = 8
+"""The highest bin of the histogram that was ever used."""
+_ARRIVALS = 9
 _LONG_ARRIVALS = _ARRIVALS + FIRST_SUM + 1
 _MEANS = _LONG_ARRIVALS + FIRST_SUM + 1
 
@@ -65,7 +67,7 @@ def observation_sums(
     mean_s, arrivals_s, long_arrivals_s = windows_s
     return np.concatenate(
         [
-            (slo_ms, row_bytes, num_pages, now, *totals),
+            (slo_ms, row_bytes, num_pages, now, *totals, 0.0),
             decayed_window(arrivals_s, 1, now),
             decayed_window(long_arrivals_s, 1, now),
             decayed_window(mean_s, _FIRST_BIN - FIRST_SUM + NUM_BINS, now),
@@ -106,7 +108,9 @@ def add_ended(
     means[_QUEUE_MS] += weight * (began - arrival) * 1e3
     means[_TOKENS] += weight * tokens
     means[_HOT] += weight * is_hot
-    means[_FIRST_BIN + bin_of(latency_ms)] += weight
+    place = bin_of(latency_ms)
+    means[_FIRST_BIN + place] += weight
+    sums[_TOP] = max(sums[_TOP], float(place))
     sums[_LAST_ENDED] = now
 
 
@@ -136,7 +140,7 @@ def observe(
     requests = means[_REQUESTS]
     missed_bytes = sums[_ROW_BYTES] * (means[_ROW_QUERIES] - means[_ROW_HITS]) / weight
     rate, jump, sigmas = _arrival_rate(sums, now)
-    levels = quantiles(means[_FIRST_BIN:], (0.99, 0.95, 0.9, 0.5))
+    levels = quantiles(means[_FIRST_BIN:], sums[_TOP], requests, (0.99, 0.95, 0.9, 0.5))
     return (
         now,
         _ratio(means[_HOT], requests),
