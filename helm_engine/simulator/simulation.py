@@ -174,6 +174,8 @@ class Result:
     the sample times the scale, as all rows here."""
     rows_resident: Int64Array
     """Those of them that were in the pool, int64 [n]."""
+    service_ms: FloatArray
+    """Of the device's time, the share that was spent on each, float64 [n]; see `StepLog`."""
     steps: dict[str, FloatArray]
     """Columns of the step log."""
     num_pages: int
@@ -250,6 +252,7 @@ def simulate(
         cached_tokens=ledger.cached,
         rows_requested=ledger.requested * scale,
         rows_resident=ledger.resident * scale,
+        service_ms=np.array([engine.log.service_ms[str(place)] for place in range(len(trace))]),
         steps=engine.log.columns(),
         num_pages=engine.scheduler.pool.num_pages * scale,
         num_moved_pages=engine.scheduler.boundary.num_moved_pages * scale,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -36,19 +37,28 @@ class StepLog:
         self._clock = clock
         self._scale = scale
         self._lines: list[tuple[float, ...]] = []
+        self.service_ms: defaultdict[str, float] = defaultdict(float)
+        """Of each request so far: its share of the time that its steps took, by the tokens and
+        candidates computed for it and for the others."""
 
     def execute(self, step: SchedulerOutput) -> ModelOutput:
         """See `Executor.execute`; a step that fails is not written down."""
         began = self._clock.now()
         output = self._executor.execute(step)
         spent, pool = output.timings_ms, self._scheduler.pool
+        tokens = sum(request.num_rows for request in step.requests)
+        candidates = sum(request.num_candidates for request in step.requests)
+        service_ms = spent.load + spent.prefill + spent.score
+        for request in step.requests:
+            share = (request.num_rows + request.num_candidates) / (tokens + candidates)
+            self.service_ms[request.request_id] += service_ms * share
         self._lines.append(
             (
                 began,
                 self._clock.now(),
                 len(step.requests),
-                sum(request.num_rows for request in step.requests),
-                sum(request.num_candidates for request in step.requests),
+                tokens,
+                candidates,
                 len(step.rows.resident),
                 len(step.rows.resident) - int(np.count_nonzero(step.rows.resident)),
                 spent.load,

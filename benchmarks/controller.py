@@ -1,0 +1,163 @@
+r"""Every controller on every workload and setting, against what would have been best.
+
+`best_static` and `best_schedule` are known only afterwards: the best static share of EMB, and the
+best schedule that a search found under the controllers' slew limit. All start from the same split.
+Headline cells are run at k = 1, all others at k = 16. Time is virtual, so figures do not depend on
+the machine; what a decision costs and how fast the simulation is do.
+
+    python benchmarks/controller.py --json benchmarks/results/controller.json --seeds 1,2,3
+
+A part of it alone, merged into what the file has already:
+
+    python benchmarks/controller.py --json benchmarks/results/controller.json --seeds 1,2,3 \
+        --settings dlrmv3 --part headline,baselines
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # The processes share the machine's cores among themselves.
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
+
+import numpy as np
+
+from benchmarks import decision_cost
+from benchmarks.controller_cases import HELD_OUT, SETTINGS, WORKLOADS
+from benchmarks.controller_file import add_found, read_earlier
+from benchmarks.controller_parts import Found, Task, registered, run_task
+from benchmarks.controller_plots import draw_p99, draw_trace
+from benchmarks.controller_summary import against_static, headline
+from benchmarks.report import benchmark_parser, write_result
+
+PARTS = ("headline", "baselines", "ablations", "held_out", "decision")
+ABLATED = ("dlrmv3",)
+"""Settings in which `helm` is taken apart."""
+QUICK_SETTINGS = ("dlrmv3",)
+QUICK_HELD_OUT = ("two bursts",)
+COSTLY = ("production", "ml100k", "dlrmv3", "held_out")
+"""Settings, the longest tasks first."""
+
+
+def tasks(
+    parts: tuple[str, ...], settings: tuple[str, ...], seeds: list[int], quick: bool
+) -> list[Task]:
+    """What there is to do, the longest first."""
+    found = []
+    for seed in seeds:
+        for setting in settings:
+            mine = tuple(
+                part
+                for part in parts
+                if part in ("headline", "baselines") or (part == "ablations" and setting in ABLATED)
+            )
+            found += [
+                Task(setting, workload, seed, mine, quick, seed == seeds[0])
+                for workload in WORKLOADS
+                if mine
+            ]
+        if "held_out" in parts:
+            names = QUICK_HELD_OUT if quick else tuple(HELD_OUT)
+            found += [Task("held_out", name, seed, ("held_out",), quick, False) for name in names]
+    return sorted(found, key=lambda one: (COSTLY.index(one.setting), one.workload == "steady"))
+
+
+def all_found(todo: list[Task], processes: int) -> Iterator[tuple[Task, Found]]:
+    """Works on tasks side by side, says how far it is."""
+    began = time.perf_counter()
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        futures = {pool.submit(run_task, task): task for task in todo}
+        for number, future in enumerate(as_completed(futures), 1):
+            task, found = futures[future], future.result()
+            passed = time.perf_counter() - began
+            print(
+                f"[{passed:6.0f} s] {number}/{len(todo)} {task.setting}, {task.workload}, "
+                f"seed {task.seed}: {found.seconds:.0f} s",
+                flush=True,
+            )
+            yield task, found
+
+
+def decision_figures(seeds: list[int], quick: bool) -> dict[str, Any]:
+    """What a decision costs, `benchmarks/decision_cost.py`'s way: medians over seeds."""
+    (name,) = registered("helm") or registered("marginal")
+    size = decision_cost.QUICK if quick else decision_cost.FULL
+    measured = [decision_cost.measure(size, name, seed) for seed in seeds]
+    return {
+        "decision_controller": name,
+        **{
+            kind: {
+                which: float(np.median([one[kind][which] for one in measured]))
+                for which in ("p50", "p99")
+            }
+            for kind in ("decision_us", "integrate_us")
+        },
+    }
+
+
+def summaries(figures: dict[str, Any]) -> None:
+    """Works out anew what follows from the records."""
+    cells = figures["cells"]
+    scales = [one["k"] for one in cells if one["controller"] == "best_schedule"]
+    if scales:
+        figures["headline"] = headline(cells, min(scales))
+    told = {}
+    for section in ("ablations", "random_weights", "slew_sweep", "held_out"):
+        if figures.get(section):
+            beside = "slew_per_s" if section == "slew_sweep" else "profile"
+            told[section] = against_static(figures[section], beside)
+    baselines = [one for one in cells if one["k"] != min(scales, default=0)]
+    if baselines:
+        told["baselines"] = against_static(baselines, "profile")
+    figures["summary"] = told
+
+
+def plots(figures: dict[str, Any], directory: Path) -> None:
+    """Draws both pictures."""
+    if "headline" in figures:
+        draw_p99(directory / "controller_p99.png", figures["headline"])
+    traces = [one for one in figures.get("traces", []) if one["workload"] != "steady"]
+    if traces:
+        draw_trace(directory / "controller_trace.png", traces)
+
+
+def main() -> None:
+    """Runs the parts that are asked for and merges them into the file."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--part", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--settings", help=f"of {', '.join(SETTINGS)}; default: all")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--plots", type=Path, help="directory where the pictures go")
+    arguments = parser.parse_args()
+    quick, seeds = arguments.quick, arguments.seeds
+    parts = tuple(arguments.part.split(","))
+    settings = QUICK_SETTINGS if quick else SETTINGS
+    if arguments.settings:
+        settings = tuple(arguments.settings.split(","))
+    for name, allowed in [*((one, PARTS) for one in parts), *((one, SETTINGS) for one in settings)]:
+        if name not in allowed:
+            parser.error(f"{name!r} is none of {', '.join(allowed)}")
+    figures = read_earlier(arguments.json)
+    figures["commands"] = [*figures["commands"], " ".join(["python", *sys.argv])]
+    if "decision" in parts:  # Before the others make the machine busy.
+        figures |= decision_figures(seeds, quick)
+    for _, found in all_found(tasks(parts, settings, seeds, quick), arguments.processes):
+        add_found(figures, found)
+        summaries(figures)
+        write_result(arguments.json, figures, sorted({one["seed"] for one in figures["cells"]}))
+    summaries(figures)
+    write_result(arguments.json, figures, sorted({one["seed"] for one in figures["cells"]}))
+    if arguments.plots:
+        plots(figures, arguments.plots)
+
+
+if __name__ == "__main__":
+    main()
