@@ -30,12 +30,13 @@ sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
 
 import numpy as np
 
-from benchmarks import decision_cost
 from benchmarks.controller_cases import HELD_OUT, SETTINGS, WORKLOADS
 from benchmarks.controller_file import add_found, read_earlier
 from benchmarks.controller_parts import Found, Task, registered, run_task
 from benchmarks.controller_plots import draw_p99, draw_trace
 from benchmarks.controller_summary import against_static, headline
+from benchmarks.decision_cost import measure
+from benchmarks.page_value import FULL, QUICK
 from benchmarks.report import benchmark_parser, write_result
 
 PARTS = ("headline", "baselines", "ablations", "held_out", "decision")
@@ -89,8 +90,7 @@ def all_found(todo: list[Task], processes: int) -> Iterator[tuple[Task, Found]]:
 def decision_figures(seeds: list[int], quick: bool) -> dict[str, Any]:
     """What a decision costs, `benchmarks/decision_cost.py`'s way: medians over seeds."""
     (name,) = registered("helm") or registered("marginal")
-    size = decision_cost.QUICK if quick else decision_cost.FULL
-    measured = [decision_cost.measure(size, name, seed) for seed in seeds]
+    measured = [measure(QUICK if quick else FULL, name, seed) for seed in seeds]
     return {
         "decision_controller": name,
         **{
@@ -129,6 +129,14 @@ def plots(figures: dict[str, Any], directory: Path) -> None:
         draw_trace(directory / "controller_trace.png", traces)
 
 
+def _write(path: Path, figures: dict[str, Any], seeds: list[int]) -> None:
+    write_result(path, figures, sorted({*seeds, *(one["seed"] for one in figures["cells"])}))
+
+
+def _command() -> str:
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
 def main() -> None:
     """Runs the parts that are asked for and merges them into the file."""
     parser = benchmark_parser(__doc__)
@@ -146,15 +154,15 @@ def main() -> None:
         if name not in allowed:
             parser.error(f"{name!r} is none of {', '.join(allowed)}")
     figures = read_earlier(arguments.json)
-    figures["commands"] = [*figures["commands"], " ".join(["python", *sys.argv])]
+    figures["commands"] = [*figures["commands"], _command()]
     if "decision" in parts:  # Before the others make the machine busy.
         figures |= decision_figures(seeds, quick)
     for _, found in all_found(tasks(parts, settings, seeds, quick), arguments.processes):
         add_found(figures, found)
         summaries(figures)
-        write_result(arguments.json, figures, sorted({one["seed"] for one in figures["cells"]}))
+        _write(arguments.json, figures, seeds)
     summaries(figures)
-    write_result(arguments.json, figures, sorted({one["seed"] for one in figures["cells"]}))
+    _write(arguments.json, figures, seeds)
     if arguments.plots:
         plots(figures, arguments.plots)
 

@@ -76,7 +76,7 @@ def _day_and_night() -> Named:
 
 
 def _two_bursts() -> Named:
-    """A second burst a quarter of a minute after the first."""
+    """A second burst half a minute after the first."""
     workload = load_workload("burst")
     browsing, burst, after = workload.regimes[:3]
     pause = msgspec.structs.replace(after, name="pause", seconds=30.0)

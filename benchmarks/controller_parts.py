@@ -18,6 +18,15 @@ from benchmarks.controller_cases import (
     case_of,
     named,
 )
+from benchmarks.controller_variants import (
+    QUICK_SLEWS,
+    RANDOM_NETS,
+    SLEWS,
+    ablations,
+    random_nets,
+    slews,
+)
+from helm_engine.controller.base_policy import SHIPPED
 from helm_engine.controller.registry import controller_names
 from helm_engine.simulator.figures import figures
 from helm_engine.simulator.hindsight import Case, Effort
@@ -126,8 +135,12 @@ def run_task(task: Task) -> Found:
 
 
 def registered(*names: str) -> list[str]:
-    """Those of the names that the registry knows; all of them if none is given."""
-    known = controller_names()[1:]
+    """Those of the names that the registry knows; all of them if none is given.
+
+    Without its policy `helm` would hold the split and be measured as a static one, so it is left
+    out.
+    """
+    known = [name for name in controller_names()[1:] if name != "helm" or SHIPPED.is_file()]
     return [name for name in names if name in known] if names else known
 
 
@@ -196,8 +209,6 @@ def _ablations(measured: Measured) -> None:
     """`helm` without its parts, with random weights, and slower."""
     if not registered("helm"):
         return
-    from benchmarks.controller_variants import ablations, random_nets, slews
-
     case, scale = measured.case, measured.task.effort.search_scale
     static = case.run(_cheap_static(measured), scale)
     for section in ("ablations", "random_weights", "slew_sweep"):
@@ -205,9 +216,10 @@ def _ablations(measured: Measured) -> None:
         measured.add(section, "best_static", scale, static, **more)
     for name, result in ablations(case, scale):
         measured.add("ablations", name, scale, result)
-    for name, result in random_nets(case, scale):
+    quick = measured.task.quick
+    for name, result in random_nets(case, scale, 1 if quick else RANDOM_NETS):
         measured.add("random_weights", name, scale, result)
-    for name, slew, result in slews(case, scale):
+    for name, slew, result in slews(case, scale, QUICK_SLEWS if quick else SLEWS):
         measured.add("slew_sweep", name, scale, result, slew_per_s=slew)
 
 

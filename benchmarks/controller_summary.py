@@ -12,6 +12,8 @@ Record = dict[str, Any]
 HEADLINE = ("helm", "best_static", "best_schedule", "marginal", "hill_climb")
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 97.5 % for 1, 2, ... degrees of freedom."""
+_RUN = ("setting", "workload", "seed", "controller")
+_BESTS = ("best_static", "best_schedule")
 _LEAST_GAIN = 0.01
 """Where the best schedule gains less on the best static share, no share of it is told."""
 
@@ -37,9 +39,7 @@ def headline(cells: Sequence[Record], scale: int) -> Record:
         scale: of the runs that count.
     """
     mine = [one for one in cells if one["k"] == scale and one["controller"] in HEADLINE]
-    by_run = {
-        (one["setting"], one["workload"], one["seed"], one["controller"]): one for one in mine
-    }
+    by_run = {tuple(one[field] for field in _RUN): one for one in mine}
     places = list(dict.fromkeys((one["setting"], one["workload"]) for one in mine))
     names = [name for name in HEADLINE if any(one["controller"] == name for one in mine)]
     found: list[Record] = []
@@ -48,11 +48,7 @@ def headline(cells: Sequence[Record], scale: int) -> Record:
         seeds = sorted({key[2] for key in by_run if key[:2] == (setting, workload)})
         for name in names:
             runs = [
-                (
-                    by_run[*place, name],
-                    by_run[*place, "best_static"],
-                    by_run[*place, "best_schedule"],
-                )
+                tuple(by_run[*place, one] for one in (name, *_BESTS))
                 for place in ((setting, workload, seed) for seed in seeds)
                 if (*place, name) in by_run
             ]
@@ -69,8 +65,8 @@ def headline(cells: Sequence[Record], scale: int) -> Record:
     return {"k": scale, "cells": found, "p99_vs_best_static_all": overall}
 
 
-def _against(runs: list[tuple[Record, Record, Record]]) -> Record:
-    def told(figure: Callable[[Record, Record, Record], float | None]) -> Record:
+def _against(runs: list[tuple[Record, ...]]) -> Record:
+    def told(figure: Callable[..., float | None]) -> Record:
         return mean_and_interval([figure(*run) for run in runs])
 
     return {

@@ -26,6 +26,7 @@ LAYERS_OFF = ("helm-residual", "helm-recovery", "helm-residual-recovery")
 RANDOM_NETS = 3
 SLEWS = (0.012, 0.03, 0.06, 0.12, 0.3)
 """Shares of the pool per second; 0.012 is 0.06 in 5 s."""
+QUICK_SLEWS = (0.012,)
 SLEW_CONTROLLERS = ("helm", "marginal")
 
 
@@ -94,15 +95,15 @@ def ablations(case: Case, scale: int) -> Iterator[tuple[str, Result]]:
     yield "helm, refill without a throttle", unthrottled.run_controller("helm", scale)
 
 
-def random_nets(case: Case, scale: int) -> Iterator[tuple[str, Result]]:
-    """`helm` with random weights, several times."""
-    for seed in range(RANDOM_NETS):
+def random_nets(case: Case, scale: int, number: int) -> Iterator[tuple[str, Result]]:
+    """`helm` with random weights, so many times."""
+    for seed in range(number):
         yield f"random weights {seed}", case.run_controller(random_net(seed, case.config), scale)
 
 
-def slews(case: Case, scale: int) -> Iterator[tuple[str, float, Result]]:
+def slews(case: Case, scale: int, limits: tuple[float, ...]) -> Iterator[tuple[str, float, Result]]:
     """`helm` and `marginal` under other slew limits."""
-    for slew in SLEWS:
+    for slew in limits:
         slower = case.changed(config=replace(case.config, slew_per_s=slew))
         for name in SLEW_CONTROLLERS:
             yield name, slew, slower.run_controller(name, scale)

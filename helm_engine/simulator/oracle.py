@@ -1,7 +1,7 @@
 """What each stretch of time would have cost under every static split, and how far off a run was.
 
-Costs are milliseconds of the device for each request, row loads, prefill and scores, of the
-requests that came in a window; so a queue that a bad split left behind burdens the window it came from.
+Costs are milliseconds of the device for each request, row loads, prefill and scores, of those that
+came in a window; so a queue that a bad split left behind burdens the window it came from.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class Schedule:
 
     def wanted(self, seconds: FloatArray) -> FloatArray:
         """Shares at some moments, float64 of the same shape; no limit is looked at."""
-        return np.interp(seconds, *np.array(self.knots).T)
+        when, shares = np.array(self.knots).T
+        return np.asarray(np.interp(seconds, when, shares), dtype=np.float64)
 
     def targets(self, start: float, slew_per_s: float, seconds: float) -> list[Split]:
         """What to ask the boundary for, and when; never faster than the limit allows.
@@ -35,7 +36,7 @@ class Schedule:
             slew_per_s: share of the pool by which the target may change in a second.
             seconds: until when.
         """
-        times = np.arange(1, int(seconds / _TICK_S) + 1) * _TICK_S
+        times = np.arange(1, int(seconds / _TICK_S) + 1, dtype=np.float64) * _TICK_S
         found: list[Split] = []
         target, most = start, slew_per_s * _TICK_S
         for when, wanted in zip(times.tolist(), self.wanted(times).tolist(), strict=True):

@@ -1,8 +1,8 @@
 """What would have been best, known afterwards: yardsticks for controllers, by name.
 
-`best_static` is the share with the least P99 among static ones, `best_schedule` the best of a family
-of schedules under the slew limit of controllers, `oracle` the cheapest share of every window, which
-no boundary could follow. Each looks at the very requests that a controller is measured on.
+`best_static` is the share with the least P99 among static ones, `best_schedule` the best of a
+family of schedules under the slew limit of controllers, `oracle` the cheapest share of each window,
+which no boundary could follow. Each looks at the very requests that a controller is measured on.
 """
 
 from __future__ import annotations

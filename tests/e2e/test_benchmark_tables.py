@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from benchmarks import controller_tables
 from tests.e2e.running_server import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -229,3 +230,9 @@ def test_every_result_says_where_it_comes_from() -> None:
     for path in (REPOSITORY / "benchmarks" / "results").glob("*.json"):
         found = json.loads(path.read_text(encoding="utf-8"))
         assert {"command", "machine", "versions", "seeds"} <= found.keys(), path.name
+
+
+def test_the_page_of_controllers_shows_the_figures_of_their_file() -> None:
+    page = (REPOSITORY / "docs" / "controller-results.md").read_text(encoding="utf-8")
+    found = result("controller") if controller_tables.RESULT.is_file() else {}
+    assert controller_tables.filled(page, found) == page
