@@ -174,7 +174,7 @@ def main() -> None:
             **measure_running(seconds, make_controller(name, CONFIG), seed),
         }
         for seed in arguments.seeds
-        for name in ("marginal", "marginal+recovery")
+        for name in ("marginal", "helm")
     ]
     for cell in cells:
         print(cell)
