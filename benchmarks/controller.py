@@ -35,9 +35,9 @@ from benchmarks.controller_file import add_found, read_earlier
 from benchmarks.controller_parts import Found, Task, registered, run_task
 from benchmarks.controller_plots import draw_p99, draw_trace
 from benchmarks.controller_summary import against_static, headline
-from benchmarks.decision_cost import measure
-from benchmarks.page_value import FULL, QUICK
+from benchmarks.decision_cost import CONFIG, QUICK_RUNNING_S, RUNNING_S, measure_running
 from benchmarks.report import benchmark_parser, write_result
+from helm_engine.controller.registry import make_controller
 
 PARTS = ("headline", "baselines", "ablations", "held_out", "decision")
 ABLATED = ("dlrmv3",)
@@ -90,7 +90,8 @@ def all_found(todo: list[Task], processes: int) -> Iterator[tuple[Task, Found]]:
 def decision_figures(seeds: list[int], quick: bool) -> dict[str, Any]:
     """What a decision costs, `benchmarks/decision_cost.py`'s way: medians over seeds."""
     (name,) = registered("helm") or registered("marginal")
-    measured = [measure(QUICK if quick else FULL, name, seed) for seed in seeds]
+    seconds = QUICK_RUNNING_S if quick else RUNNING_S
+    measured = [measure_running(seconds, make_controller(name, CONFIG), seed) for seed in seeds]
     return {
         "decision_controller": name,
         **{

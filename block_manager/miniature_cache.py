@@ -63,7 +63,7 @@ class MiniatureCaches:
         self._times = np.empty(_MAX_MERGED, dtype=np.int64)
         self._num_kept = 0
         self._num_merged = _MIN_MERGED
-        self._gains = np.zeros(2)
+        self._gains = SlotGains(0.0, 0.0)
         self.num_samples = 0.0
         """Lookups that the miniatures have seen, decayed."""
 
@@ -125,16 +125,17 @@ class MiniatureCaches:
             _hits(cache, distinct.row_ids, times, distinct.counts) for cache in self._caches
         )
         low, middle, high = (cache.num_slots for cache in self._caches)
-        self._gains += (
-            (more - now) / max(1, high - middle),
-            (now - less) / max(1, middle - low),
+        self._gains = SlotGains(
+            self._gains.more + (more - now) / max(1, high - middle),
+            self._gains.less + (now - less) / max(1, middle - low),
         )
         self.num_samples += self._num_kept
         self._num_kept = 0
 
     def fade(self, factor: float) -> None:
         """Counts all that was observed less."""
-        self._gains *= factor
+        more, less = self._gains
+        self._gains = SlotGains(more * factor, less * factor)
         self.num_samples *= factor
 
     def gains(self) -> SlotGains:
@@ -143,8 +144,7 @@ class MiniatureCaches:
         A miniature has a share of the hits and of the slots, so its hits for each slot are those of
         the tenant.
         """
-        more, less = self._gains.tolist()
-        return SlotGains(more, less)
+        return self._gains
 
 
 def _hits(

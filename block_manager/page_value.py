@@ -79,8 +79,7 @@ class PageValueEstimator:
             ValueError: a share or the window is out of range.
         """
         self._num_pages = num_pages
-        self._rows_per_page = rows_per_page
-        self._row_miss_ms = costs.row_miss_ms
+        self._page_ms = rows_per_page * costs.row_miss_ms
         users = SpatialSample(config.user_share, config.seed)
         rows = SpatialSample(config.row_share, config.seed)
         most_pages = num_pages + self._step(num_pages)
@@ -89,8 +88,11 @@ class PageValueEstimator:
         self._kv_time = DecayedSeconds(config.window_s)
         self._emb_time = DecayedSeconds(config.window_s)
         self._emb_pages = 0
+        self._priced_at = 0
+        """KV pages when `latest` was worked out."""
         self.latest = PageValue()
-        """As of the last time that sums faded: a 64th of the window is the most it lags."""
+        """As of one of the last steps: it is not older than a 64th of the window then, and of a
+        split that differs by less than a quarter of a step."""
 
     def set_capacity(self, kv_pages: int, emb_pages: int) -> None:
         """Takes the pages that each tenant has now; KV's with the null block.
@@ -129,15 +131,21 @@ class PageValueEstimator:
     ) -> None:
         """Takes the distinct rows of a step (int64 [n]), and how often it uses each."""
         self._emb.observe(row_ids, times)
-        self._fade(now)
+        pages = self._kv.num_pages
+        moved = abs(pages - self._priced_at)
+        is_far = moved and moved * _LEAST_MOVES_PER_STEP >= self._step(pages)
+        if self._fade(now) or is_far:
+            self.latest, self._priced_at = self._value(now), pages
 
-    def _fade(self, now: float) -> None:
+    def _fade(self, now: float) -> bool:
+        """Whether so much time has passed that sums were to fade."""
         factor = self._kv_time.advance(now)
-        if factor is not None:
-            self._emb_time.advance(now)  # They tick together.
-            self._kv.fade(factor)
-            self._emb.fade(factor)
-            self.latest = self._value(now)
+        if factor is None:
+            return False
+        self._emb_time.advance(now)  # They tick together.
+        self._kv.fade(factor)
+        self._emb.fade(factor)
+        return True
 
     def estimate(self, now: float) -> PageValue:
         """What one page more or less is worth at the present split.
@@ -148,22 +156,12 @@ class PageValueEstimator:
         return self._value(now)
 
     def _value(self, now: float) -> PageValue:
-        pages = self._kv.num_pages
-        step = self._step(pages)
-        low = max(0, pages - step)
-        more = self._kv.saved_ms(pages, pages + step) / step
-        less = self._kv.saved_ms(low, pages) / max(1, pages - low)
+        saved = self._kv.around(self._step(self._kv.num_pages))
         gains = self._emb.gains()
-        page_ms = self._rows_per_page * self._row_miss_ms
+        # What a sum is multiplied by to be a rate.
+        kv = self._kv_time.rate(1.0, now)
+        emb = self._emb_time.rate(self._page_ms, now)
         return PageValue(
-            TenantValue(
-                self._kv_time.rate(more, now),
-                self._kv_time.rate(less, now),
-                self._kv.num_samples(low, pages + step),
-            ),
-            TenantValue(
-                self._emb_time.rate(gains.more * page_ms, now),
-                self._emb_time.rate(gains.less * page_ms, now),
-                self._emb.num_samples,
-            ),
+            TenantValue(saved.more * kv, saved.less * kv, saved.num_samples),
+            TenantValue(gains.more * emb, gains.less * emb, self._emb.num_samples),
         )

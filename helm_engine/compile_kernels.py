@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec.structs import astuple
 
 from block_manager.block_hash import BLOCK_HASH_BYTES, BlockHash
 from block_manager.block_pool import BlockPool
@@ -15,6 +16,14 @@ from block_manager.distinct_rows import DistinctRows
 from block_manager.embedding_cache import EmbeddingCache
 from block_manager.page_value import PageValueEstimator, SamplingConfig
 from block_manager.reuse_distance import PageCosts
+from helm_engine.controller.observation import Observation
+from helm_engine.controller.observation_sums import (
+    add_arrival,
+    add_ended,
+    observation_sums,
+    observe,
+)
+from helm_engine.controller.policy_network import best_action
 from helm_engine.datasets.ml100k import MovieLens100K
 from helm_engine.simulator.events.law import Asked, EventLaw
 from helm_engine.simulator.events.ml100k import MovieLensLaw
@@ -38,6 +47,16 @@ def _compile_page_values(slot_of_row: npt.NDArray[np.int32]) -> None:
     one.observe_step(row, row, 0.0)
     one.set_capacity(2, 0)
     one.estimate(1.0)
+
+
+def _compile_observation() -> None:
+    """What a controller sees of an arrival, an ended request and a query, and the network."""
+    sums = observation_sums(1.0, 1, 1, (0, 0, 0, 0), (1.0, 1.0, 1.0), 0.0)
+    add_arrival(sums, 0.0)
+    add_ended(sums, 0.0, 0.0, 0.0, 1, False, False)
+    seen = Observation(*observe(sums, 0.0, 0, 0, 0, 0, *(9 * (0.0,))))
+    seen.vector()
+    best_action(astuple(seen), np.zeros(1 << 10, dtype=np.float32), 1, 1)
 
 
 def _compile_event_laws() -> None:
@@ -69,6 +88,7 @@ def main() -> None:
     compile_kernels()
     make_trace(load_workload("steady"), seed=0, scale=2)
     _compile_event_laws()
+    _compile_observation()
 
 
 if __name__ == "__main__":

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from math import nan
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from helm_engine.controller.baselines import STEPS
 from helm_engine.controller.observation import FEATURES, Observation
+from helm_engine.controller.policy_network import action_scores, best_action, pack_layers
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -38,6 +41,8 @@ class BasePolicy:
         Raises:
             ValueError: shapes do not fit each other, or a number is none; names the layer.
         """
+        if len(weights) != _LAYERS or len(biases[0]) != len(biases[1]):
+            raise ValueError("there must be three layers, the hidden ones of one width")
         width = len(FEATURES)
         for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             outputs = len(ACTIONS) if number == len(weights) - 1 else len(bias)
@@ -49,21 +54,21 @@ class BasePolicy:
             if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
                 raise ValueError(f"layer {number}: holds what is not a number")
             width = outputs
-        self._layers = [
-            (np.ascontiguousarray(weight, dtype=np.float32), bias.astype(np.float32))
-            for weight, bias in zip(weights, biases, strict=True)
-        ]
+        self._layers = pack_layers(
+            [weight.astype(np.float32) for weight in weights],
+            [bias.astype(np.float32) for bias in biases],
+        )
+        self._width = len(biases[0])
 
     def rate(self, observation: Observation) -> float:
-        """See `Policy.rate`: one of `ACTIONS`."""
-        return ACTIONS[int(self.scores(observation.vector()).argmax())]
+        """See `Policy.rate`: one of `ACTIONS`, or NaN where a score is none."""
+        fields = msgspec.structs.astuple(observation)
+        best = best_action(fields, self._layers, self._width, len(ACTIONS))
+        return ACTIONS[best] if best >= 0 else nan
 
     def scores(self, features: Float32Array) -> Float32Array:
         """Of each action, float32 [len(ACTIONS)], for `Observation.vector`."""
-        *hidden, (weight, bias) = self._layers
-        for inner, offset in hidden:
-            features = np.tanh(features @ inner + offset)
-        scores: Float32Array = features @ weight + bias
+        scores: Float32Array = action_scores(features, self._layers, self._width, len(ACTIONS))
         return scores
 
     @classmethod

@@ -27,6 +27,8 @@ class DecisionLog:
             ValueError: it cannot.
         """
         self._path = path
+        self.is_kept = path is not None or logger.isEnabledFor(logging.DEBUG)
+        """Whether anybody gets to see the decisions; decided once, for each of them is timed."""
         if path is not None:
             try:
                 path.open("a").close()
@@ -45,7 +47,7 @@ class DecisionLog:
                 # A full disk must not end what it only watches.
                 logger.warning("decisions are no longer written: %s", error)
                 self._path = None
-        elif logger.isEnabledFor(logging.DEBUG):
+        else:
             logger.debug("decision %s", json.dumps(describe(decision)))
 
 

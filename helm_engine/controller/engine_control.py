@@ -40,6 +40,7 @@ class EngineControl:
         self._collector = ObservationCollector(scheduler, slo_ms, now, windows)
         self._log = log or DecisionLog(None)
         self._logged: Decision | None = None
+        self._stops_refill = False
 
     def observe_arrival(self, request: Request) -> None:
         """A request came, whether or not it is let in."""
@@ -59,8 +60,11 @@ class EngineControl:
         decision = controller.latest
         if decision is not None and decision is not self._logged:
             self._logged = decision
-            self._scheduler.refills.is_suspended = controller.stops_refill
-            self._log.write(decision)
+            if controller.stops_refill is not self._stops_refill:
+                self._stops_refill = controller.stops_refill
+                self._scheduler.refills.is_suspended = self._stops_refill
+            if self._log.is_kept:
+                self._log.write(decision)
 
 
 def build_control(

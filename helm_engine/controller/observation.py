@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from math import isfinite, log2
+from math import isfinite
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import astuple
 
 HALF_SAMPLES = 100.0
 """So many samples make a confidence of one half in the vector."""
 
 
 # A struct is built in a tenth of the time of a frozen dataclass, and one is built for each query.
-class Observation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class Observation(msgspec.Struct, frozen=True, gc=False):
     """An engine as of one moment; what is a mean fades, see `WindowConfig`.
 
     The seven after the clock are the state of the HELM paper's controller (Yu, Han and Zhou, arXiv
@@ -68,7 +69,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     emb_samples: float = 0.0
     """Row lookups behind the worth of EMB pages, faded."""
 
-    num_pages: int = 1
+    num_pages: float = 1.0
     """Pages of the pool; makes the worth of a page comparable between pools."""
     p50_over_slo: float = 0.0
     """Other quantiles of the latency, likewise in service levels."""
@@ -82,7 +83,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def is_finite(self) -> bool:
         """Whether every field is a number."""
-        return all(map(isfinite, msgspec.structs.astuple(self)))
+        # One that is none makes the sum none.
+        return isfinite(sum(astuple(self)))
 
     @property
     def p99_ms(self) -> float:
@@ -98,40 +100,12 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         x / (1 + x), so that neither the size of the pool nor that of a page matters. The balances
         compare what one tenant would gain with what the other would lose (`balance`).
         """
-        slo = self.slo_ms
-        worth = [
-            _squashed(page * self.num_pages / 1e3)
-            for page in (
-                self.kv_page_gain_ms,
-                self.kv_page_loss_ms,
-                self.emb_page_gain_ms,
-                self.emb_page_loss_ms,
-            )
-        ]
-        return np.array(
-            (
-                self.hot_user_share,
-                self.kv_hit_rate,
-                self.emb_hit_rate,
-                min(1.0, _log(self.mean_history_tokens) / 16.0),
-                self.slo_violation_rate,
-                self.emb_fraction,
-                min(4.0, self.p99_over_slo) / 4.0,
-                *worth,
-                balance(self.kv_page_gain_ms, self.emb_page_loss_ms),
-                balance(self.emb_page_gain_ms, self.kv_page_loss_ms),
-                min(1.0, _log(self.arrival_rate) / 16.0),
-                max(-1.0, min(1.0, log2(max(self.arrival_jump, 1e-3)) / 3.0)),
-                max(-1.0, min(1.0, self.arrival_jump_sigmas / 10.0)),
-                min(1.0, _log(self.foreground_bytes_per_s) / 40.0),
-                min(4.0, self.queue_delay_ms / slo) / 4.0,
-                self.refill_backlog,
-                self.target_lag,
-                min(1.0, self.age_s / 10.0),
-                *map(_confidence, (self.num_requests, self.kv_samples, self.emb_samples)),
-            ),
-            dtype=np.float32,
-        )
+        # Here, since whoever only names a field or a policy does without numba.
+        from helm_engine.controller.observation_features import features_of
+
+        # All of one type: another mixture of integers would be compiled anew.
+        features: npt.NDArray[np.float32] = features_of(tuple(map(float, astuple(self))))
+        return features
 
 
 FEATURES = (
@@ -167,15 +141,3 @@ def balance(gain: float, loss: float) -> float:
     """What one tenant gains against what the other loses: -1..1, 0 where both are nothing."""
     both = gain + loss
     return (gain - loss) / both if both > 0.0 else 0.0
-
-
-def _squashed(share: float) -> float:
-    return share / (1.0 + share)
-
-
-def _confidence(samples: float) -> float:
-    return samples / (samples + HALF_SAMPLES)
-
-
-def _log(rate: float) -> float:
-    return log2(1.0 + rate)

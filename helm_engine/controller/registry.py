@@ -36,7 +36,7 @@ _POLICIES: dict[str, Callable[[], Policy]] = {
     "ms_per_byte": MillisecondsPerBytePolicy,
 }
 _HELM = "helm"
-_NEED_COSTS = frozenset({"marginal", "ms_per_byte"})
+_NEED_COSTS = frozenset({"marginal", "ms_per_byte", _HELM})
 _STATIC = "static:"
 _RECOVERY = "+recovery"
 _ABSENT_LAYERS: tuple[list[str], ...] = ([], ["residual"], ["recovery"], ["residual", "recovery"])
@@ -126,7 +126,8 @@ def check_controller(name: str, has_costs: bool) -> None:
         ValueError: it is unknown, or blind without the costs.
     """
     make_controller(name)
-    if not has_costs and name.removesuffix(_RECOVERY) in _NEED_COSTS:
+    base = name.removesuffix(_RECOVERY).split("-")[0]
+    if not has_costs and base in _NEED_COSTS:
         raise ValueError(
             f"controller: {name} needs cost_profile, the milliseconds of the device: without it "
             "nothing tells what a page is worth"

@@ -28,7 +28,7 @@ from helm_engine.simulator.trace import Trace
 
 Float32Array = npt.NDArray[np.float32]
 
-_MOST_LEVELS = 4.0
+_MOST_LEVELS = 2.0
 """Service levels at which a cost is cut off, so that one collapse does not drown the rest."""
 
 
@@ -46,12 +46,12 @@ class Episode(NamedTuple):
 class Reward:
     """What a period earns: minus the sum of three costs, each of them a metric."""
 
-    service_weight: float = 1.0
+    service_weight: float = 2.0
     """Of the milliseconds that an ended request cost in row loads and recomputed tokens, in
     service levels."""
-    violation_weight: float = 2.0
+    violation_weight: float = 1.0
     """Of the share of ended requests that were slower than the service level; one that took n
-    levels counts n times, up to four."""
+    levels counts n times, up to two."""
     delay_weight: float = 1.0
     """Of the milliseconds for each ended request that steps spent on copies of moving rows, in
     service levels."""

@@ -1,4 +1,4 @@
-"""Trains the base policy: stable-baselines3's PPO over randomised workloads in virtual time.
+"""Trains the base policy: a teacher's examples, then PPO, over randomised workloads.
 
 PPO is Schulman et al. 2017 (arXiv 1707.06347) as Raffin et al. 2021 (stable-baselines3) have it.
 The stream of requests never ends, so the end of a trace is a truncation, whose value is
@@ -8,6 +8,7 @@ bootstrapped.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,9 @@ from helm_engine.controller.base_policy import ACTIONS
 from helm_engine.controller.controller_config import ControllerConfig
 from helm_engine.controller.observation import FEATURES
 from helm_engine.simulator.environment import AllocationEnvironment, Reward
+from helm_engine.simulator.imitation import imitate
 from helm_engine.simulator.random_workloads import EpisodeDrawer
+from helm_engine.simulator.teacher import Examples, gather_examples
 
 DISCOUNT_S = 60.0
 """Seconds after which a reward counts 1 / e."""
@@ -49,10 +52,15 @@ class TrainingConfig:
     processes: int = 6
     """More than processors: they wait for each other at each query."""
     episode_s: float = 420.0
-    rollout: int = 128
+    rollout: int = 256
     """Queries of each process between two updates."""
-    learning_rate: float = 5e-4
-    entropy_weight: float = 0.01
+    teacher_episodes: int = 120
+    """Whose examples training begins with; 0 = it begins with a policy that knows nothing."""
+    imitation_epochs: int = 40
+    critic_updates: int = 6
+    """Updates that only the critic learns from, before the actor may leave its teacher."""
+    learning_rate: float = 1e-4
+    entropy_weight: float = 0.002
     width: int = 64
     """Of both hidden layers."""
     reward: Reward = field(default_factory=Reward)
@@ -115,7 +123,10 @@ class _Progress(BaseCallback):
 
 
 def train(
-    config: TrainingConfig, directory: Path, say: Callable[[str], object] = print
+    config: TrainingConfig,
+    directory: Path,
+    say: Callable[[str], object] = print,
+    examples: Examples | None = None,
 ) -> dict[str, Any]:
     """Trains a policy and writes `policy.safetensors`, `curve.json` and checkpoints.
 
@@ -123,6 +134,7 @@ def train(
         config: what to do.
         directory: where files go; made if it is not there.
         say: gets a line for each update.
+        examples: instead of those of `teacher_episodes`.
 
     Returns:
         The configuration and the last line of the curve.
@@ -142,8 +154,10 @@ def train(
         environments,
         learning_rate=config.learning_rate,
         n_steps=config.rollout,
-        batch_size=256,
-        n_epochs=8,
+        batch_size=512,
+        n_epochs=6,
+        clip_range=0.1,
+        target_kl=0.02,
         gamma=config.discount,
         gae_lambda=0.95,
         ent_coef=config.entropy_weight,
@@ -152,16 +166,32 @@ def train(
         device="cpu",
     )
     progress = _Progress(config, directory, say)
+    actor = [model.policy.mlp_extractor.policy_net, model.policy.action_net]
     try:
-        is_first = True
-        while is_first or not progress.is_over():
-            model.learn(config.rollout * config.processes, progress, reset_num_timesteps=is_first)
-            is_first = False
+        if examples is None and config.teacher_episodes:
+            say(f"{config.teacher_episodes} episodes of the teacher")
+            examples = _examples(config)
+        if examples is not None:
+            imitate(model.policy, examples, config.imitation_epochs, config.seed, say)
+            save_policy(model.policy, directory / "imitation.safetensors", config, {})
+        updates = 0
+        while not updates or not progress.is_over():
+            for part in actor:
+                part.requires_grad_(examples is None or updates >= config.critic_updates)
+            length = config.rollout * config.processes
+            model.learn(length, progress, reset_num_timesteps=not updates)
+            updates += 1
     finally:
         environments.close()
     last = progress.curve[-1]
     save_policy(model.policy, directory / "policy.safetensors", config, last)
     return {"config": asdict(config), "last": last}
+
+
+def _examples(config: TrainingConfig) -> Examples:
+    drawer = EpisodeDrawer(config.scale, config.episode_s, config.control)
+    seeds = [config.seed * 1_000_000 + number for number in range(config.teacher_episodes)]
+    return gather_examples(seeds, drawer, os.cpu_count() or 1)
 
 
 def _make_environment(config: TrainingConfig, seed: int) -> Monitor[Any, Any]:

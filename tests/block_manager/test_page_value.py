@@ -61,6 +61,21 @@ def test_what_was_worth_much_is_forgotten_within_the_window() -> None:
     assert one.estimate(70.0).kv.more == pytest.approx(before * exp(-1.0), rel=0.02)
 
 
+def test_the_latest_estimate_follows_time_and_the_boundary() -> None:
+    one = estimator()
+    nothing = np.empty(0, dtype=np.int64)
+    visit_in_turn(one, 63, start=0.0, seconds=60)
+    for number in range(100):
+        now = 60.0 + number / 50
+        one.observe_step(nothing, nothing, now)
+        # A 64th of the window is the most that it lags.
+        assert one.latest.kv.more == pytest.approx(one.estimate(now).kv.more, rel=0.05)
+    one.set_capacity(64, 36)  # By more than a quarter of a step.
+    one.observe_step(nothing, nothing, now)
+    assert one.latest == one.estimate(now)
+    assert one.latest.kv.less > 0.0 == one.latest.kv.more
+
+
 def test_without_traffic_nothing_is_worth_anything() -> None:
     one = estimator()
     assert one.latest == PageValue()

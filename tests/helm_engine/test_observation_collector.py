@@ -7,8 +7,18 @@ from math import exp, sqrt
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from helm_engine.controller.decayed_window import BINS_PER_DOUBLING, DecayedHistogram, DecayedWindow
+from helm_engine.controller.decayed_window import (
+    BINS_PER_DOUBLING,
+    FIRST_SUM,
+    NUM_BINS,
+    bin_of,
+    decayed_window,
+    quantiles,
+    weight,
+)
 from helm_engine.controller.observation_collector import ObservationCollector, WindowConfig
 from helm_engine.exceptions import DeadlineExceededError, RequestAbortedError
 from helm_engine.request import Request, RequestStatus
@@ -92,7 +102,7 @@ def play(seed: int, seconds: float) -> tuple[ObservationCollector, Reference, fl
         stats.row_queries += added[2] + added[3]
         stats.row_hits += added[3]
         reference.totals.append((now, added[0] + added[1], added[1], added[2] + added[3], added[3]))
-        collector.observe_steps(now)
+        collector.observe(now)  # Takes over the totals.
     return collector, reference, now
 
 
@@ -156,21 +166,51 @@ def test_memory_does_not_grow_with_users_or_requests() -> None:
     assert len(collector._last_visit) == 100
 
 
+def quantiles_of(bins: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
+    found: np.ndarray = quantiles(bins, NUM_BINS - 1, bins.sum(), shares)
+    return found
+
+
 def test_a_window_outlives_a_long_silence() -> None:
-    histogram = DecayedHistogram()
-    window = DecayedWindow(1.0, 1, 0.0, histogram)
+    window = decayed_window(1.0, NUM_BINS, 0.0)
     for at in (0.0, 1e6, 1e9):
-        weight = window.weight(at)
-        window.sums[0] += weight
-        histogram.add(at / 1e6 + 1.0, weight)
-        assert window.read(at)[0] == pytest.approx(1.0)
-    assert histogram.quantile(0.5) == pytest.approx(1001.0, rel=0.05)
-    assert DecayedHistogram().quantile(0.99) == 0.0
+        value = weight(window, at)
+        window[FIRST_SUM + bin_of(at / 1e6 + 1.0)] += value
+        assert window[FIRST_SUM:].sum() / weight(window, at) == pytest.approx(1.0)
+    assert quantiles_of(window[FIRST_SUM:], (0.5,)) == pytest.approx(1001.0, rel=0.05)
+
+
+def test_an_arrival_after_a_long_silence_counts() -> None:
+    collector = ObservationCollector(Simulation().scheduler, SLO_MS, 0.0, WINDOWS)
+    collector.observe_arrival(1.0)
+    collector.observe_arrival(1000.0)
+    assert collector.observe(1000.0).arrival_rate == pytest.approx(1 / WINDOWS.arrivals_s)
 
 
 @pytest.mark.parametrize("milliseconds", [0.0, 0.003, 0.01, 1.0, 80.0, 1e5, 1e9])
 def test_a_quantile_of_one_value_is_in_its_bin(milliseconds: float) -> None:
-    histogram = DecayedHistogram()
-    histogram.add(milliseconds, 2.5)
+    bins = np.zeros(NUM_BINS)
+    bins[bin_of(milliseconds)] += 2.5
     expected = min(max(milliseconds, 0.01), 0.01 * 2**24)
-    assert 1 / 1.045 <= histogram.quantile(0.99) / expected <= 1.045
+    assert 1 / 1.045 <= quantiles_of(bins, (0.99,))[0] / expected <= 1.045
+
+
+SHARES = (0.99, 0.95, 0.9, 0.5)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 1e5), st.floats(1e-3, 1e3)), min_size=1, max_size=60))
+def test_quantiles_are_in_the_bins_of_the_exact_ones(values: list[tuple[float, float]]) -> None:
+    bins = np.zeros(NUM_BINS)
+    for milliseconds, amount in values:
+        bins[bin_of(milliseconds)] += amount
+    ordered = sorted(values)
+    reached = np.cumsum([amount for _, amount in ordered])
+    for share, found in zip(SHARES, quantiles_of(bins, SHARES), strict=True):
+        # Where a share is reached exactly, the next value is as good.
+        low, high = np.searchsorted(reached, np.array([-1e-9, 1e-9]) + share * reached[-1])
+        assert ordered[low][0] / 1.045 <= found
+        assert found <= ordered[min(high, len(ordered) - 1)][0] * 1.045
+
+
+def test_nothing_has_no_quantiles() -> None:
+    assert quantiles_of(np.zeros(NUM_BINS), SHARES).tolist() == [0.0] * 4
