@@ -49,12 +49,16 @@ COSTLY = ("production", "ml100k", "dlrmv3", "held_out")
 
 
 def tasks(
-    parts: tuple[str, ...], settings: tuple[str, ...], seeds: list[int], quick: bool
+    parts: tuple[str, ...],
+    settings: tuple[str, ...],
+    workloads: tuple[str, ...],
+    seeds: list[int],
+    quick: bool,
 ) -> list[Task]:
     """What there is to do, the longest first."""
     found = []
     for seed in seeds:
-        for setting, workload in product(settings, WORKLOADS):
+        for setting, workload in product(settings, workloads):
             taken_apart = setting in ABLATED and (not quick or workload == QUICK_ABLATED)
             mine = tuple(
                 part
@@ -141,6 +145,7 @@ def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--part", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--settings", help=f"of {', '.join(SETTINGS)}; default: all")
+    parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--plots", type=Path, help="directory where the pictures go")
     arguments = parser.parse_args()
@@ -149,14 +154,15 @@ def main() -> None:
     settings = QUICK_SETTINGS if quick else SETTINGS
     if arguments.settings:
         settings = tuple(arguments.settings.split(","))
-    for name, allowed in [*((one, PARTS) for one in parts), *((one, SETTINGS) for one in settings)]:
-        if name not in allowed:
-            parser.error(f"{name!r} is none of {', '.join(allowed)}")
+    workloads = tuple(arguments.workloads.split(","))
+    for names, allowed in ((parts, PARTS), (settings, SETTINGS), (workloads, WORKLOADS)):
+        if unknown := set(names) - set(allowed):
+            parser.error(f"{', '.join(unknown)}: none of {', '.join(allowed)}")
     figures = read_earlier(arguments.json)
     figures["commands"] = [*figures["commands"], _command()]
     if "decision" in parts:  # Before the others make the machine busy.
         figures |= decision_figures(seeds[0], quick)
-    for _, found in all_found(tasks(parts, settings, seeds, quick), arguments.processes):
+    for _, found in all_found(tasks(parts, settings, workloads, seeds, quick), arguments.processes):
         add_found(figures, found)
         summaries(figures)
         _write(arguments.json, figures, seeds)

@@ -19,12 +19,12 @@ L20_LOAD = 0.42
 
 EFFORTS = {
     "dlrmv3": Effort(coarse_step=2, evaluations=30),
-    "ml100k": Effort(coarse_step=4, evaluations=16),
-    "production": Effort(coarse_step=4, evaluations=16),
+    "ml100k": Effort(coarse_step=4, most_verified=2, evaluations=12, measured=2),
+    "production": Effort(coarse_step=4, most_verified=2, evaluations=12, measured=2),
 }
 """By what a run costs."""
 QUICK = Effort(scale=16, coarse_step=10, evaluations=5)
-HELD_OUT_EFFORT = Effort(scale=16, coarse_step=4)
+HELD_OUT_EFFORT = Effort(scale=16, coarse_step=6)
 
 
 class Named(NamedTuple):

@@ -39,7 +39,9 @@ class Effort:
     most_verified: int = 3
     """...but no more than so many."""
     evaluations: int = 30
-    """Schedules that are tried at the scale of the search."""
+    """Schedules that are tried at the scale of the search..."""
+    measured: int = 3
+    """...and how many of them are measured at the other."""
 
 
 def p99_of(result: Result) -> float:

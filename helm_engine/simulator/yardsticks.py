@@ -21,8 +21,6 @@ _FIRST_SHARE, _LAST_SHARE = 0.12, 0.015
 """Steps of the search in shares, from the first to the last."""
 _FIRST_S = 10.0
 """The first step in leads and spans, seconds; a quarter of the ramp where that is more."""
-_VERIFIED = 3
-"""Schedules of the search that are measured at the scale of the result."""
 
 
 def best_static(case: Case, effort: Effort) -> Schedule:
@@ -65,7 +63,7 @@ def best_schedule(case: Case, effort: Effort) -> Schedule:
     for vector in _beginnings(case, family, static.knots[0][1], effort):
         search.cost(vector)
     search.descend()
-    candidates = [family.schedule(vector) for vector in search.best(_VERIFIED)]
+    candidates = [family.schedule(vector) for vector in search.best(effort.measured)]
     measured = {static: p99_of(case.run(static, effort.scale))}
     for schedule in candidates:
         measured[schedule] = p99_of(case.run(schedule, effort.scale))
