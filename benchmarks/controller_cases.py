@@ -75,10 +75,21 @@ def _day_and_night() -> Named:
     return _on_cpu(msgspec.structs.replace(workload, regimes=[first, *rest, *rest]))
 
 
-def _two_bursts() -> Named:
-    """A second burst half a minute after the first."""
+def _heavy_burst() -> tuple[Workload, Regime, Regime, Regime]:
+    """The regimes of a burst whose KV fills most of the pool with any seed."""
     workload = load_workload("burst")
     browsing, burst, after = workload.regimes[:3]
+    return (
+        workload,
+        browsing,
+        msgspec.structs.replace(burst, history_mean=2400, history_sd=100),
+        after,
+    )
+
+
+def _two_bursts() -> Named:
+    """A second burst half a minute after the first."""
+    workload, browsing, burst, after = _heavy_burst()
     pause = msgspec.structs.replace(after, name="pause", seconds=30.0)
     second = msgspec.structs.replace(burst, name="second burst")
     return _on_cpu(
@@ -88,8 +99,7 @@ def _two_bursts() -> Named:
 
 def _silent_hour() -> Named:
     """Nobody for an hour, then regulars instead of those who browsed before."""
-    workload = load_workload("burst")
-    browsing, burst, after = workload.regimes[:3]
+    workload, browsing, burst, after = _heavy_burst()
     silence = msgspec.structs.replace(browsing, name="silence", seconds=3600.0, load=1e-4)
     back = msgspec.structs.replace(burst, name="regulars", seconds=90.0, ramp_s=0.0, load=1.3)
     return _on_cpu(msgspec.structs.replace(workload, regimes=[browsing, silence, back, after]))

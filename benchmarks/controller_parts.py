@@ -190,7 +190,7 @@ def _cheap_static(measured: Measured) -> Schedule:
     """The best of the static shares that were run for the oracle."""
     case, effort = measured.case, measured.task.effort
     shares = case.grid(effort.coarse_step)
-    return constant(min(shares, key=lambda one: case.static(one, effort.search_scale).p99_ms))
+    return constant(min(shares, key=lambda one: case.static_p99(one, effort.search_scale)))
 
 
 def _baselines(measured: Measured) -> None:

@@ -42,30 +42,15 @@ class Effort:
     """Schedules that are tried at the scale of the search."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a run was like, without its steps."""
-
-    p99_ms: float
-    """Of what came after the warm-up; a request that failed is slower than any."""
-    arrivals: FloatArray
-    """Seconds after the start, of all requests, float64 [n]."""
-    latencies_ms: FloatArray
-    """NaN where a request failed, float64 [n]."""
-    service_ms: FloatArray
-    """Likewise; of the device's time, the share that was spent on each."""
-
-
-def outcome_of(result: Result) -> Outcome:
-    """Its outcome."""
+def p99_of(result: Result) -> float:
+    """The 99th percentile of what came after the warm-up; see `p99_ms`."""
     trace = result.trace
-    counted = trace.arrivals >= trace.workload.warm_up_s
-    return Outcome(
-        p99_ms(result.latencies_ms[counted]),
-        trace.arrivals,
-        result.latencies_ms,
-        np.where(np.isnan(result.latencies_ms), np.nan, result.service_ms),
-    )
+    return p99_ms(result.latencies_ms[trace.arrivals >= trace.workload.warm_up_s])
+
+
+def served_ms(result: Result) -> FloatArray:
+    """Of the device's time, what was spent on each request, float64 [n]; NaN where one failed."""
+    return np.where(np.isnan(result.latencies_ms), np.nan, result.service_ms)
 
 
 def p99_ms(latencies_ms: FloatArray) -> float:
@@ -81,7 +66,7 @@ def p99_ms(latencies_ms: FloatArray) -> float:
 
 @dataclass
 class Case:
-    """What does not depend on who moves the boundary; traces and static runs are kept."""
+    """What does not depend on who moves the boundary; traces and runs of schedules are kept."""
 
     workload: Workload
     profile: CostProfile
@@ -93,13 +78,11 @@ class Case:
     refill: RefillConfig | None = None
     """See `EngineModel`."""
     _traces: dict[int, Trace] = field(default_factory=dict)
-    _statics: dict[tuple[float, int], Outcome] = field(default_factory=dict)
-    num_requests: int = 0
-    """Simulated so far."""
+    _runs: dict[tuple[Schedule, int], Result] = field(default_factory=dict)
 
     def changed(self, **changes: Any) -> Case:
         """The same requests under another configuration or refill."""
-        return replace(self, **changes, _statics={}, num_requests=0)
+        return replace(self, **changes, _runs={})
 
     def trace(self, scale: int) -> Trace:
         """The requests, as an engine of that scale needs them."""
@@ -116,33 +99,24 @@ class Case:
         )
 
     def run(self, schedule: Schedule, scale: int) -> Result:
-        """Runs a schedule."""
-        trace = self.trace(scale)
-        targets = schedule.targets(self.start, self.config.slew_per_s, trace.seconds)
-        return self._simulated(self.model(scale), targets)
+        """Runs a schedule, once."""
+        key = (schedule, scale)
+        if key not in self._runs:
+            trace = self.trace(scale)
+            targets = schedule.targets(self.start, self.config.slew_per_s, trace.seconds)
+            self._runs[key] = simulate(trace, self.model(scale), self.start, targets)
+        return self._runs[key]
 
     def run_controller(self, controller: str | AllocationController, scale: int) -> Result:
         """Runs a controller, by the name that the registry knows it by, or itself."""
+        trace = self.trace(scale)
         if isinstance(controller, str):
-            return self._simulated(self.model(scale, controller))
-        return self._simulated(self.model(scale), controller=controller)
+            return simulate(trace, self.model(scale, controller), self.start)
+        return simulate(trace, self.model(scale), self.start, controller=controller)
 
-    def _simulated(
-        self,
-        model: EngineModel,
-        targets: list[tuple[float, float]] | None = None,
-        controller: AllocationController | None = None,
-    ) -> Result:
-        trace = self.trace(model.scale)
-        self.num_requests += len(trace)
-        return simulate(trace, model, self.start, targets or [], controller)
-
-    def static(self, share: float, scale: int) -> Outcome:
-        """What a static split is like."""
-        key = (self.reached(share, scale), scale)
-        if key not in self._statics:
-            self._statics[key] = outcome_of(self.run(constant(share), scale))
-        return self._statics[key]
+    def static_p99(self, share: float, scale: int) -> float:
+        """The P99 of a static split."""
+        return p99_of(self.run(constant(share), scale))
 
     def reached(self, share: float, scale: int) -> float:
         """The EMB share that floors leave of one that is asked for."""
@@ -150,12 +124,14 @@ class Case:
         return layout.emb_pages_of(share) / layout.num_pages
 
     def grid(self, step: int = 1) -> list[float]:
-        """Every so manieth share of the grid of 0.02 within the bounds; beyond floors only one."""
+        """Every so manieth share of the grid of 0.02 within the bounds, and its last one.
+
+        Of shares that floors make the same one is there.
+        """
         low, high = (
             round(bound * _STEPS) for bound in (self.config.least_share, self.config.largest_share)
         )
-        shares = [place / _STEPS for place in range(low, high + 1, step)]
-        if shares[-1] != high / _STEPS:
-            shares.append(high / _STEPS)
+        shares = [place / _STEPS for place in range(low, high + 1)]
         reached = {self.reached(share, 1): share for share in reversed(shares)}
-        return sorted(reached.values())
+        grid = sorted(reached.values())
+        return grid if step == 1 else sorted({*grid[::step], grid[-1]})

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from helm_engine.simulator.hindsight import Case, Effort, outcome_of
-from helm_engine.simulator.schedule import Schedule
+from helm_engine.simulator.hindsight import Case, Effort, served_ms
+from helm_engine.simulator.schedule import Schedule, constant
 from helm_engine.simulator.simulation import FloatArray, Result
 
 WINDOW_S = 5.0
@@ -60,8 +60,7 @@ class WindowCosts:
 
     def regret_ms(self, result: Result) -> float:
         """What the run cost for each request beyond the least; the mean over windows."""
-        outcome = outcome_of(result)
-        mine = cost_by_window(outcome.arrivals, outcome.service_ms, self.begins)
+        mine = cost_by_window(result.trace.arrivals, served_ms(result), self.begins)
         return float(np.nanmean(mine - self.cost_ms.min(axis=0)))
 
 
@@ -69,9 +68,10 @@ def window_costs(case: Case, effort: Effort) -> WindowCosts:
     """Runs every `coarse_step`th static share at the scale of the search."""
     workload, scale = case.workload, effort.search_scale
     coarse = case.grid(effort.coarse_step)
-    runs = [case.static(share, scale) for share in coarse]
+    runs = [case.run(constant(share), scale) for share in coarse]
+    arrivals = case.trace(scale).arrivals
     begins = np.arange(workload.warm_up_s, workload.ends[-1], WINDOW_S)
-    costs = np.array([cost_by_window(one.arrivals, one.service_ms, begins) for one in runs])
+    costs = np.array([cost_by_window(arrivals, served_ms(one), begins) for one in runs])
     somebody = ~np.isnan(costs).any(axis=0)
     shares = np.array([case.reached(share, scale) for share in coarse])
     return WindowCosts(begins[somebody], shares, costs[:, somebody])

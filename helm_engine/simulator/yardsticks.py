@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from helm_engine.simulator.hindsight import Case, Effort, outcome_of, p99_ms
+from helm_engine.simulator.hindsight import Case, Effort, p99_ms, p99_of, served_ms
 from helm_engine.simulator.oracle import window_costs
 from helm_engine.simulator.schedule import Schedule, ScheduleFamily, constant
 from helm_engine.simulator.simulation import FloatArray
@@ -33,11 +33,11 @@ def best_static(case: Case, effort: Effort) -> Schedule:
     of the best one, until both neighbours of the best are known to be worse.
     """
     coarse = case.grid(effort.coarse_step)
-    rough = {share: case.static(share, effort.search_scale).p99_ms for share in coarse}
+    rough = {share: case.static_p99(share, effort.search_scale) for share in coarse}
     limit = min(rough.values()) * (1.0 + effort.tolerance)
     close = sorted((one for one in coarse if rough[one] <= limit), key=rough.__getitem__)
     grid, scale = case.grid(), effort.scale
-    found = {share: case.static(share, scale).p99_ms for share in close[: effort.most_verified]}
+    found = {share: case.static_p99(share, scale) for share in close[: effort.most_verified]}
     if effort.search_scale == scale:
         found = dict(rough)
     while True:
@@ -46,7 +46,7 @@ def best_static(case: Case, effort: Effort) -> Schedule:
         beside = [share for share in grid[max(0, place - 1) : place + 2] if share not in found]
         if not beside:
             return constant(best)
-        found |= {share: case.static(share, scale).p99_ms for share in beside}
+        found |= {share: case.static_p99(share, scale) for share in beside}
 
 
 def best_schedule(case: Case, effort: Effort) -> Schedule:
@@ -66,9 +66,9 @@ def best_schedule(case: Case, effort: Effort) -> Schedule:
         search.cost(vector)
     search.descend()
     candidates = [family.schedule(vector) for vector in search.best(_VERIFIED)]
-    measured = {static: case.static(static.knots[0][1], effort.scale).p99_ms}
+    measured = {static: p99_of(case.run(static, effort.scale))}
     for schedule in candidates:
-        measured[schedule] = outcome_of(case.run(schedule, effort.scale)).p99_ms
+        measured[schedule] = p99_of(case.run(schedule, effort.scale))
     return min(measured, key=measured.__getitem__)
 
 
@@ -117,8 +117,7 @@ class _Search:
                 return float("inf")
             self._left -= 1
             schedule = self._family.schedule(np.array(key))
-            result = self._case.run(schedule, self._scale)
-            self._costs[key] = outcome_of(result).p99_ms
+            self._costs[key] = p99_of(self._case.run(schedule, self._scale))
         return self._costs[key]
 
     def best(self, number: int) -> list[FloatArray]:
@@ -154,16 +153,16 @@ def _beginnings(
 ) -> list[FloatArray]:
     """Where the search begins, from static runs at its scale."""
     coarse = case.grid(effort.coarse_step)
-    runs = [case.static(share, effort.search_scale) for share in coarse]
-    regimes = case.trace(effort.search_scale).regimes
-    kinds = np.array(family.kind_of)[regimes]
-    counted = runs[0].arrivals >= case.workload.warm_up_s
+    trace = case.trace(effort.search_scale)
+    runs = [case.run(constant(share), effort.search_scale) for share in coarse]
+    kinds = np.array(family.kind_of)[trace.regimes]
+    counted = trace.arrivals >= case.workload.warm_up_s
     by_p99, by_service = [], []
     for kind in range(family.num_kinds):
         mine = counted & (kinds == kind)
         by_p99.append(coarse[int(np.argmin([p99_ms(one.latencies_ms[mine]) for one in runs]))])
         by_service.append(
-            coarse[int(np.argmin([np.nanmean(one.service_ms[mine]) for one in runs]))]
+            coarse[int(np.argmin([np.nanmean(served_ms(one)[mine]) for one in runs]))]
         )
     flat = [static] * family.num_kinds
     middle = [(static + one) / 2.0 for one in by_service]

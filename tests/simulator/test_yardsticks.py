@@ -68,6 +68,7 @@ def test_the_grid_is_that_of_the_bounds_and_floors() -> None:
     reached = [tight.reached(share, 1) for share in tight.grid()]
     assert len(set(reached)) == len(reached)
     assert tight.grid()[-1] < 0.9
+    assert {*tight.grid(10)} < {*tight.grid()}
     assert reached[-1] == tight.reached(0.9, 1) < 0.9
     assert (mine.grid()[0], mine.grid()[-1]) == (0.1, 0.9)
 
