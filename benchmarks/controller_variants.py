@@ -87,6 +87,8 @@ def ablations(case: Case, scale: int) -> Iterator[tuple[str, Result]]:
         yield name, case.run_controller(name, scale)
     blind = WithoutWorth(make_controller("helm", case.config))
     yield "helm, worth of pages zeroed", case.run_controller(blind, scale)
+    narrow = case.changed(config=replace(case.config, least_share=0.3, largest_share=0.7))
+    yield "helm, within 0.3 and 0.7", narrow.run_controller("helm", scale)
     # The rates are what the throttle goes by; what is read in one go stays.
     refill = replace(RefillConfig(), cap_bytes_per_s=float(1 << 50))
     unthrottled = case.changed(refill=refill)
