@@ -14,15 +14,13 @@ from helm_engine.controller.allocation_controller import (
     Decision,
 )
 from helm_engine.controller.base_policy import BasePolicy
-from helm_engine.controller.burst_recovery import BurstRecovery
 from helm_engine.controller.controller_config import ControllerConfig
 from helm_engine.controller.observation import Observation
 from helm_engine.controller.registry import make_controller
-from helm_engine.controller.residual_adapter import ResidualAdapter
 from helm_engine.simulator.hindsight import Case
 from helm_engine.simulator.simulation import Result
 
-LAYERS_OFF = ("helm-residual", "helm-recovery", "helm-residual-recovery")
+LAYERED = ("helm+residual", "helm+recovery", "helm+residual+recovery")
 RANDOM_NETS = 3
 SLEWS = (0.012, 0.03, 0.06, 0.12, 0.3)
 """Shares of the pool per second; 0.012 is 0.06 in 5 s."""
@@ -80,15 +78,17 @@ class WithoutWorth:
 
 def random_net(seed: int, config: ControllerConfig) -> AllocationController:
     """`helm` with a network that has learned nothing."""
-    return AdaptiveController(BasePolicy.random(seed), config, BurstRecovery(), ResidualAdapter())
+    return AdaptiveController(BasePolicy.random(seed), config)
 
 
 def ablations(case: Case, scale: int) -> Iterator[tuple[str, Result]]:
-    """`helm`, and without one thing after the other."""
-    for name in ("helm", *LAYERS_OFF):
+    """`helm`, with other layers, and without one thing after the other."""
+    for name in ("helm", *LAYERED):
         yield name, case.run_controller(name, scale)
     blind = WithoutWorth(make_controller("helm", case.config))
     yield "helm, worth of pages zeroed", case.run_controller(blind, scale)
+    narrow = case.changed(config=replace(case.config, least_share=0.3, largest_share=0.7))
+    yield "helm, within 0.3 and 0.7", narrow.run_controller("helm", scale)
     # The rates are what the throttle goes by; what is read in one go stays.
     refill = replace(RefillConfig(), cap_bytes_per_s=float(1 << 50))
     unthrottled = case.changed(refill=refill)

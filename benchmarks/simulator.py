@@ -30,6 +30,8 @@ from helm_engine.simulator.workloads import BUILTIN, Regime, Workload, load_sett
 from model_executor.cost_profile import load_cost_profile
 
 TOKENS = 4096
+ITEMS = 4_000_000
+POOL_BYTES = 1 << 30
 REQUESTS = 6000
 QUICK_REQUESTS = 1500
 LOADS_PER_S = (2.0, 20.0)
@@ -53,6 +55,8 @@ def workload(requests_per_s: float, requests: int) -> Workload:
         load_setting("dlrmv3"),
         requests_per_s=requests_per_s,
         max_history=TOKENS,
+        num_items=ITEMS,
+        pool_bytes=POOL_BYTES,
     )
     return Workload(name="speed", description="", setting=setting, warm_up_s=0.0, regimes=[regime])
 

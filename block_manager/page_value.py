@@ -91,8 +91,7 @@ class PageValueEstimator:
         self._priced_at = 0
         """KV pages when `latest` was worked out."""
         self.latest = PageValue()
-        """As of one of the last steps: it is not older than a 64th of the window then, and of a
-        split that differs by less than a quarter of a step."""
+        """At the split of the last step, and then not older than a 64th of the window."""
 
     def set_capacity(self, kv_pages: int, emb_pages: int) -> None:
         """Takes the pages that each tenant has now; KV's with the null block.
@@ -132,9 +131,7 @@ class PageValueEstimator:
         """Takes the distinct rows of a step (int64 [n]), and how often it uses each."""
         self._emb.observe(row_ids, times)
         pages = self._kv.num_pages
-        moved = abs(pages - self._priced_at)
-        is_far = moved and moved * _LEAST_MOVES_PER_STEP >= self._step(pages)
-        if self._fade(now) or is_far:
+        if self._fade(now) or pages != self._priced_at:
             self.latest, self._priced_at = self._value(now), pages
 
     def _fade(self, now: float) -> bool:

@@ -12,7 +12,6 @@ from helm_engine.controller.allocation_controller import (
     Policy,
     StaticController,
 )
-from helm_engine.controller.base_policy import load_base_policy
 from helm_engine.controller.baselines import (
     HillClimbPolicy,
     MarginalPolicy,
@@ -34,26 +33,24 @@ _POLICIES: dict[str, Callable[[], Policy]] = {
     "kv_only": lambda: SetPointPolicy(is_kv=True, mark=0.9),
     "emb_only": lambda: SetPointPolicy(is_kv=False, mark=0.95),
     "ms_per_byte": MillisecondsPerBytePolicy,
+    "helm": lambda: _learned_policy(),
 }
-_HELM = "helm"
-_NEED_COSTS = frozenset({"marginal", "ms_per_byte", _HELM})
+_NEED_COSTS = frozenset({"helm", "marginal", "ms_per_byte"})
 _STATIC = "static:"
-_RECOVERY = "+recovery"
-_ABSENT_LAYERS: tuple[list[str], ...] = ([], ["residual"], ["recovery"], ["residual", "recovery"])
+_LAYERS: tuple[list[str], ...] = ([], ["residual"], ["recovery"], ["residual", "recovery"])
 
 
 def controller_names() -> list[str]:
     """What `make_controller` knows; `static:X` stands for every share X of EMB."""
-    return ["static:X", *_POLICIES, _HELM]
+    return ["static:X", *_POLICIES]
 
 
 def make_controller(name: str, config: ControllerConfig | None = None) -> AllocationController:
     """Builds a controller that knows nothing yet.
 
     Args:
-        name: one of `controller_names`. With `+recovery` behind an adaptive one's name, bursts
-            override it; `helm-residual`, `helm-recovery` and `helm-residual-recovery` are `helm`
-            without these layers.
+        name: one of `controller_names`; behind an adaptive one's, layers may follow: `+residual`
+            corrects it online, `+recovery` overrides it in bursts.
         config: its bounds; the name in it is not looked at.
 
     Raises:
@@ -65,43 +62,34 @@ def make_controller(name: str, config: ControllerConfig | None = None) -> Alloca
         except ValueError:
             raise ValueError(f"controller: {name!r}: X of static:X must be a number") from None
         return StaticController(share)
-    helm, *absent = name.split("-")
-    if helm == _HELM and absent in _ABSENT_LAYERS:
-        return make_helm(
-            config,
-            residual=None if "residual" in absent else ResidualAdapter(),
-            recovery=None if "recovery" in absent else BurstRecovery(),
-        )
-    base = name.removesuffix(_RECOVERY)
-    policy = _POLICIES.get(base)
-    if policy is None:
+    base, *layers = name.split("+")
+    if base not in _POLICIES or layers not in _LAYERS:
         raise ValueError(
             f"controller: {name!r} is unknown (known: {', '.join(controller_names())}; "
-            f"{_RECOVERY} may follow any but static:X and helm, -residual and -recovery may "
-            "follow helm)"
+            "+residual, +recovery or both may follow any but static:X)"
         )
-    recovery = BurstRecovery() if name != base else None
-    return AdaptiveController(policy(), config, recovery)
+    return AdaptiveController(
+        _POLICIES[base](),
+        config,
+        BurstRecovery() if "recovery" in layers else None,
+        ResidualAdapter() if "residual" in layers else None,
+    )
 
 
-def make_helm(
-    config: ControllerConfig | None = None,
-    residual: ResidualAdapter | None = None,
-    recovery: BurstRecovery | None = None,
-) -> AdaptiveController:
-    """The learned controller, of these layers over the base policy.
+def _learned_policy() -> Policy:
+    """The shipped base policy.
 
-    A policy that cannot be read does not keep an engine from serving: the split is held, and the
-    log says why.
+    One that cannot be read does not keep an engine from serving: the split is held, and the log
+    says why.
     """
-    policy: Policy
+    # Here, since its kernels need numba, and whoever only names controllers does not.
+    from helm_engine.controller.base_policy import load_base_policy
+
     try:
-        policy = load_base_policy()
+        return load_base_policy()
     except ValueError as error:
         logger.error("the committed split is held: %s", error)
-        policy = _Unreadable(str(error))
-        residual = recovery = None
-    return AdaptiveController(policy, config, recovery, residual)
+        return _Unreadable(str(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +114,7 @@ def check_controller(name: str, has_costs: bool) -> None:
         ValueError: it is unknown, or blind without the costs.
     """
     make_controller(name)
-    base = name.removesuffix(_RECOVERY).split("-")[0]
-    if not has_costs and base in _NEED_COSTS:
+    if not has_costs and name.split("+")[0] in _NEED_COSTS:
         raise ValueError(
             f"controller: {name} needs cost_profile, the milliseconds of the device: without it "
             "nothing tells what a page is worth"

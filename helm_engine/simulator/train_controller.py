@@ -154,7 +154,7 @@ def train(
         environments,
         learning_rate=config.learning_rate,
         n_steps=config.rollout,
-        batch_size=512,
+        batch_size=min(512, config.rollout * config.processes),
         n_epochs=6,
         clip_range=0.1,
         target_kl=0.02,

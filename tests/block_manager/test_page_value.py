@@ -70,7 +70,7 @@ def test_the_latest_estimate_follows_time_and_the_boundary() -> None:
         one.observe_step(nothing, nothing, now)
         # A 64th of the window is the most that it lags.
         assert one.latest.kv.more == pytest.approx(one.estimate(now).kv.more, rel=0.05)
-    one.set_capacity(64, 36)  # By more than a quarter of a step.
+    one.set_capacity(64, 36)
     one.observe_step(nothing, nothing, now)
     assert one.latest == one.estimate(now)
     assert one.latest.kv.less > 0.0 == one.latest.kv.more

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from helm_engine.controller.base_policy import ACTIONS, BasePolicy, load_base_policy
 from helm_engine.controller.observation import FEATURES, Observation
-from helm_engine.controller.registry import make_controller, make_helm
+from helm_engine.controller.registry import make_controller
 
 CALM = Observation(num_requests=500.0, slo_ms=80.0, emb_fraction=0.5, num_pages=1000)
 
@@ -113,9 +113,8 @@ def test_a_bad_file_is_refused(
     with pytest.raises(ValueError, match=message):
         load_base_policy(path)
     # An engine serves on with the split as it is, and every decision says why.
-    monkeypatch.setattr(
-        "helm_engine.controller.registry.load_base_policy", lambda: load_base_policy(path)
-    )
+    name = "helm_engine.controller.base_policy.load_base_policy"
+    monkeypatch.setattr(name, lambda: load_base_policy(path))
     controller = make_controller("helm")
     assert controller.decide(1.0, 0.37, lambda now: replace(CALM, now=now)) == 0.37
     assert controller.latest is not None
@@ -126,22 +125,24 @@ def test_a_bad_file_is_refused(
 def test_the_shipped_policy_is_readable_and_says_how_it_was_trained() -> None:
     policy = load_base_policy()
     assert np.isfinite(policy.scores(CALM.vector())).all()
-    controller = make_helm()
+    controller = make_controller("helm")
     controller.decide(1.0, 0.5, lambda now: replace(CALM, now=now))
     assert controller.latest is not None
     assert controller.latest.held is None
     assert controller.latest.parts["base"] in ACTIONS
 
 
-def test_layers_of_helm_are_left_out_by_name() -> None:
+def test_layers_are_added_by_name() -> None:
     def parts(name: str) -> set[str]:
         controller = make_controller(name)
         controller.decide(1.0, 0.5, lambda now: replace(CALM, now=now))
         assert controller.latest is not None
         return set(controller.latest.parts)
 
-    assert parts("helm-residual-recovery") == {"base"}
-    assert parts("helm-recovery") == {"base", "residual"}
-    assert parts("helm-residual") == {"base", "recovery"}
-    with pytest.raises(ValueError, match="'helm-base' is unknown"):
-        make_controller("helm-base")
+    assert parts("helm") == {"base"}
+    assert parts("helm+residual") == {"base", "residual"}
+    assert parts("marginal+recovery") == {"base", "recovery"}
+    assert parts("helm+residual+recovery") == {"base", "residual", "recovery"}
+    for wrong in ("helm+base", "helm+recovery+residual", "helm-residual", "helm+"):
+        with pytest.raises(ValueError, match=r"unknown \(known"):
+            make_controller(wrong)
