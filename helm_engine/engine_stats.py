@@ -21,6 +21,8 @@ class ControllerStats(msgspec.Struct, frozen=True):
     """Share of the pool per second by which the target changes; above 0 = EMB grows."""
     base_rate: float = 0.0
     """What the policy alone wants, -1..1 of the slew limit."""
+    residual_rate: float = 0.0
+    """What the residual adapter adds to it, likewise."""
     recovery_rate: float = 0.0
     """What a recovery makes of that, likewise; 0 without one."""
     is_holding: bool = False
@@ -53,6 +55,7 @@ class ControllerStats(msgspec.Struct, frozen=True):
             totals,
             rate=latest.rate,
             base_rate=latest.parts.get("base", 0.0),
+            residual_rate=latest.parts.get("residual", 0.0),
             recovery_rate=latest.parts.get("recovery", 0.0),
             is_holding=latest.held is not None,
             p99_ms=0.0 if seen is None else seen.p99_ms,

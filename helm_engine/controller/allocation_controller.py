@@ -228,7 +228,9 @@ class AdaptiveController:
             parts["residual"] = self._residual.rate(observation)
             wanted += parts["residual"]
             if not isfinite(wanted):
+                self._residual.reset()
                 return "the residual adapter did not return a number"
+            wanted = min(1.0, max(-1.0, wanted))
         if self._recovery is not None:
             num_fired = self._recovery.num_fired
             parts["recovery"] = self._recovery.rate(observation, wanted, target, self._config)

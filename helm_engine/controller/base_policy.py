@@ -41,7 +41,9 @@ class BasePolicy:
         Raises:
             ValueError: shapes do not fit each other, or a number is none; names the layer.
         """
-        if len(weights) != _LAYERS or len(biases[0]) != len(biases[1]):
+        if len(weights) != _LAYERS or {one.ndim for one in biases} != {1}:
+            raise ValueError("there must be three layers, each with one bias for an output")
+        if len(biases[0]) != len(biases[1]):
             raise ValueError("there must be three layers, the hidden ones of one width")
         width = len(FEATURES)
         for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):

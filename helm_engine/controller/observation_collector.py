@@ -1,7 +1,8 @@
 """Watches one engine for its controller: arrivals, ended requests, and the scheduler's totals.
 
-Each request costs a constant; quantiles and the worth of pages are worked out only when a policy
-is asked. Time is always an argument, so that all of it works in virtual time too.
+Each request costs a constant; quantiles are worked out only when a policy is asked, and the worth
+of pages is what the last steps left. Time is always an argument, so that all of it works in virtual
+time too.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class AllocationEnvironment(gymnasium.Env[Float32Array, np.int64]):
         self._run: _Run | None = None
         self._seen = np.zeros(len(FEATURES), dtype=np.float32)
         self.num_requests = 0
-        """Simulated ones of all episodes so far."""
+        """Of all episodes begun so far."""
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -205,9 +205,9 @@ class _Run:
 
     def _ask(self, observation: Observation | None) -> _Asked:
         period, log, model = self._period, self._engine.log, self._episode.model
-        self._period = _Period(first_step=len(log))
         if not period.ended:
-            return _Asked(observation, 0.0)
+            return _Asked(observation, 0.0)  # What its steps cost counts in the next one.
+        self._period = _Period(first_step=len(log))
         steps = log.latest(period.first_step)
         copy_ms = model.coarse_profile.row_copy_ms
         delay_ms = sum(step["moved_rows"] for step in steps) * copy_ms

@@ -45,7 +45,7 @@ class TrainingConfig:
 
     seed: int = 1
     scale: int = 16
-    max_requests: int = 2_000_000
+    max_requests: int = 4_000_000
     """Simulated requests after which training ends."""
     max_minutes: float = 60.0
     """Or minutes."""
@@ -165,7 +165,6 @@ def train(
         seed=config.seed,
         device="cpu",
     )
-    progress = _Progress(config, directory, say)
     actor = [model.policy.mlp_extractor.policy_net, model.policy.action_net]
     try:
         if examples is None and config.teacher_episodes:
@@ -174,6 +173,7 @@ def train(
         if examples is not None:
             imitate(model.policy, examples, config.imitation_epochs, config.seed, say)
             save_policy(model.policy, directory / "imitation.safetensors", config, {})
+        progress = _Progress(config, directory, say)  # Its minutes begin here.
         updates = 0
         while not updates or not progress.is_over():
             for part in actor:
@@ -219,6 +219,6 @@ def save_policy(
     metadata = {
         "features": json.dumps(FEATURES),
         "actions": json.dumps(ACTIONS),
-        "training": json.dumps({**asdict(config), **progress}, default=str),
+        "training": json.dumps({"config": asdict(config), "progress": progress}, default=str),
     }
     save_file(tensors, path, metadata=metadata)

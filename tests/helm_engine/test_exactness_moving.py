@@ -65,7 +65,8 @@ def test_scores_are_exact_while_the_boundary_swings(
         moving.ask_all(bodies)  # Each answer against the reference; an error would be raised.
     boundary = moving.scheduler.boundary
     assert boundary.num_moved_pages > 100
-    assert boundary.num_moved_rows > 0
+    if steps > 1:  # A boundary that turns at every step moves pages that nobody has used yet.
+        assert boundary.num_moved_rows > 0
     assert moving.scheduler.stats.row_hits > 0
     if moving.recommender.engine.served.capabilities.cross_request_reuse.value:
         assert moving.scheduler.stats.prefix_hits > 0
