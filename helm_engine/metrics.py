@@ -114,7 +114,7 @@ def _controller(stats: ControllerStats, model_name: str) -> Iterator[Metric]:
     """What the controller of the boundary decided, and why; all 0 without one."""
     layers = GaugeMetricFamily(
         "helm:controller_layer_rate",
-        "What each layer wants, -1..1 of the slew limit: base and residual add up, recovery decides.",
+        "What each layer wants, -1..1 of the slew limit: base + residual, or recovery.",
         labels=["model_name", "layer"],
     )
     layers.add_metric([model_name, "base"], stats.base_rate)
