@@ -145,8 +145,7 @@ def train(
     directory.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     makers: list[Callable[[], gymnasium.Env[Any, Any]]] = [
-        partial(_make_environment, config, config.seed * 1000 + number)
-        for number in range(config.processes)
+        partial(_make_environment, config) for _ in range(config.processes)
     ]
     environments = SubprocVecEnv(makers, start_method="spawn")
     model = PPO(
@@ -165,6 +164,8 @@ def train(
         seed=config.seed,
         device="cpu",
     )
+    # PPO's own seeds are the seed and those after it, which the next seed would share.
+    environments.seed(config.seed * 1000)
     actor = [model.policy.mlp_extractor.policy_net, model.policy.action_net]
     try:
         if examples is None and config.teacher_episodes:
@@ -194,12 +195,10 @@ def _examples(config: TrainingConfig) -> Examples:
     return gather_examples(seeds, drawer, os.cpu_count() or 1)
 
 
-def _make_environment(config: TrainingConfig, seed: int) -> Monitor[Any, Any]:
+def _make_environment(config: TrainingConfig) -> Monitor[Any, Any]:
     torch.set_num_threads(1)
     drawer = EpisodeDrawer(config.scale, config.episode_s, config.control)
-    environment = AllocationEnvironment(drawer, config.reward)
-    environment.reset(seed=seed)  # Seeds all its episodes.
-    return Monitor(environment)
+    return Monitor(AllocationEnvironment(drawer, config.reward))
 
 
 def save_policy(
