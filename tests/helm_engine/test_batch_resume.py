@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,25 @@ from tests.toy_models import toy_config, write_toy_model
 
 NUM_LINES = 3000
 NUM_KILLS = 5
+INTERRUPTED_AT_LINE = """
+import os, signal, sys
+from helm_engine.batch.journal import Journal
+from helm_engine.entrypoints.cli import main
+
+left = int(sys.argv.pop(1))
+append = Journal.append
+
+def append_and_interrupt(journal, line):
+    global left
+    append(journal, line)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGINT)
+
+Journal.append = append_and_interrupt
+main()
+"""
+"""The command, which sends itself Ctrl-C once so many lines are there."""
 
 
 @pytest.fixture(scope="module")
@@ -222,21 +242,22 @@ def test_an_output_directory_that_cannot_be_written_is_said(
     )
 
 
-def test_an_interrupted_run_says_how_to_go_on(
-    scattered: tuple[Path, Path],
-) -> None:
-    source, target = scattered
-    with subprocess.Popen(
-        arguments(source, target, BUNDLED_MODEL, "--log-level", "warning"),
-        stderr=subprocess.PIPE,
+def test_an_interrupted_run_says_how_to_go_on(done: Path, model_dir: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+    started = arguments(done / "in.jsonl", target, model_dir, "--log-level", "warning")
+    interrupted = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AT_LINE, "3", *started[started.index("run-batch") :]],
+        capture_output=True,
         text=True,
-    ) as process:
-        wait_for_lines(process, target, 1)
-        process.send_signal(signal.SIGINT)
-        _, printed = process.communicate()
-    assert process.returncode == 130
-    assert printed == f"interrupted; the same command goes on with {target}\n"
-    assert target.read_bytes().endswith(b"\n")
+        timeout=120,
+    )
+    assert interrupted.returncode == 130
+    assert interrupted.stderr == f"interrupted; the same command goes on with {target}\n"
+    left = target.read_bytes()
+    assert left.count(b"\n") == 3
+    assert run(done / "in.jsonl", target, model_dir).returncode == 0
+    assert target.read_bytes().startswith(left)
+    assert_same_answers(read_answers(target), read_answers(done / "out.jsonl"))
 
 
 def test_a_second_run_over_the_same_output_is_refused(scattered: tuple[Path, Path]) -> None:
