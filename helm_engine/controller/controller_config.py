@@ -16,7 +16,7 @@ class ControllerConfig:
 
     name: str | None = None
     """As `make_controller` knows it; None = the split stays where it is put."""
-    period_s: float = 1.0
+    period_s: float = 0.5
     """Seconds from one query of the policy to the next, 0.25 to 5."""
     slo_ms: float = 80.0
     """A request that takes longer violates the service level; the default is what MLPerf's DLRMv3

@@ -136,6 +136,18 @@ FEATURES = (
 )
 """What stands where in `Observation.vector`."""
 
+WORTH_FEATURES = (
+    "kv_page_gain",
+    "kv_page_loss",
+    "emb_page_gain",
+    "emb_page_loss",
+    "balance_to_kv",
+    "balance_to_emb",
+    "kv_confidence",
+    "emb_confidence",
+)
+"""Those that are 0 in an engine that does not know the milliseconds of its device."""
+
 
 def balance(gain: float, loss: float) -> float:
     """What one tenant gains against what the other loses: -1..1, 0 where both are nothing."""

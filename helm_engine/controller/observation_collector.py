@@ -29,8 +29,8 @@ from helm_engine.scheduler import Scheduler
 class WindowConfig:
     """Seconds after which something counts 1 / e, and what bounds the memory."""
 
-    mean_s: float = 5.0
-    """Latencies, hit rates and all other means; the paper's controller is asked as often."""
+    mean_s: float = 2.5
+    """Latencies, hit rates and all other means: a burst is on its way in as many seconds."""
     arrivals_s: float = 2.0
     """The arrival rate of now."""
     long_arrivals_s: float = 30.0

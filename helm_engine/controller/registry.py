@@ -35,7 +35,8 @@ _POLICIES: dict[str, Callable[[], Policy]] = {
     "ms_per_byte": MillisecondsPerBytePolicy,
     "helm": lambda: _learned_policy(),
 }
-_NEED_COSTS = frozenset({"helm", "marginal", "ms_per_byte"})
+_NEED_COSTS = frozenset({"marginal", "ms_per_byte", "residual"})
+"""Policies and layers that go by what a page is worth."""
 _STATIC = "static:"
 _LAYERS: tuple[list[str], ...] = ([], ["residual"], ["recovery"], ["residual", "recovery"])
 
@@ -57,23 +58,32 @@ def make_controller(name: str, config: ControllerConfig | None = None) -> Alloca
         ValueError: the name is unknown; lists those that are known.
     """
     if name.startswith(_STATIC):
-        try:
-            share = float(name.removeprefix(_STATIC))
-        except ValueError:
-            raise ValueError(f"controller: {name!r}: X of static:X must be a number") from None
-        return StaticController(share)
-    base, *layers = name.split("+")
-    if base not in _POLICIES or layers not in _LAYERS:
-        raise ValueError(
-            f"controller: {name!r} is unknown (known: {', '.join(controller_names())}; "
-            "+residual, +recovery or both may follow any but static:X)"
-        )
+        return StaticController(_static_share(name))
+    base, layers = _parts(name)
     return AdaptiveController(
         _POLICIES[base](),
         config,
         BurstRecovery() if "recovery" in layers else None,
         ResidualAdapter() if "residual" in layers else None,
     )
+
+
+def _static_share(name: str) -> float:
+    try:
+        return float(name.removeprefix(_STATIC))
+    except ValueError:
+        raise ValueError(f"controller: {name!r}: X of static:X must be a number") from None
+
+
+def _parts(name: str) -> tuple[str, list[str]]:
+    """The policy's name and its layers'."""
+    base, *layers = name.split("+")
+    if base not in _POLICIES or layers not in _LAYERS:
+        raise ValueError(
+            f"controller: {name!r} is unknown (known: {', '.join(controller_names())}; "
+            "+residual, +recovery or both may follow any but static:X)"
+        )
+    return base, layers
 
 
 def _learned_policy() -> Policy:
@@ -113,8 +123,11 @@ def check_controller(name: str, has_costs: bool) -> None:
     Raises:
         ValueError: it is unknown, or blind without the costs.
     """
-    make_controller(name)
-    if not has_costs and name.split("+")[0] in _NEED_COSTS:
+    if name.startswith(_STATIC):
+        StaticController(_static_share(name))
+        return
+    base, layers = _parts(name)
+    if not has_costs and not _NEED_COSTS.isdisjoint((base, *layers)):
         raise ValueError(
             f"controller: {name} needs cost_profile, the milliseconds of the device: without it "
             "nothing tells what a page is worth"

@@ -35,6 +35,8 @@ class ResidualConfig:
     largest_rate: float = 0.05
     average_s: float = 60.0
     """P99's average fades with it."""
+    pause_s: float = 10.0
+    """After so long without a query, what was predicted last is not judged by what is seen now."""
     least_samples: float = 50.0
     """Visits and lookups behind the worth of a page, below which nothing is learned from it."""
 
@@ -69,6 +71,8 @@ class ResidualAdapter:
         Returns:
             Share of the slew limit to add, within plus and minus `bound`.
         """
+        if self._at is not None and observation.now - self._at > self._config.pause_s:
+            self._seen = None
         urgency = self._follow_p99(observation)
         signal = self._signal(observation)
         if signal is not None and self._seen is not None:

@@ -44,14 +44,14 @@ def train_controller(
     ] = 6,
     control_period: Annotated[
         float, typer.Option(help="Seconds from one query of the policy to the next, 0.25 to 5.")
-    ] = 1.0,
+    ] = 0.5,
 ) -> None:
     """Train the allocation controller's base policy in virtual time."""
     if scale not in (16, 32, 64):
         raise CommandError(f"--scale: must be 16, 32 or 64, not {scale}")
     try:
         from helm_engine.simulator.train_controller import TrainingConfig, train
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise CommandError(
             f'{error.name} is not installed: pip install "helm-engine[train]"'
         ) from error

@@ -39,14 +39,22 @@ _PRICES = ("prefill_row_ms", "attention_pair_ms", "candidate_ms", "row_miss_ms")
 class EpisodeDrawer:
     """Draws episodes; everything follows from the generator that it is called with."""
 
-    def __init__(self, scale: int, seconds: float, config: ControllerConfig | None = None) -> None:
+    def __init__(
+        self,
+        scale: int,
+        seconds: float,
+        config: ControllerConfig | None = None,
+        watches_worth: bool = True,
+    ) -> None:
         """Takes what all episodes share.
 
         Args:
             scale: of the simulation.
             seconds: of virtual time.
             config: bounds, period and slew limit.
+            watches_worth: whether engines tell what a page is worth.
         """
+        self._watches_worth = watches_worth
         self._scale = scale
         self._seconds = seconds
         self._config = config or ControllerConfig()
@@ -64,6 +72,7 @@ class EpisodeDrawer:
             vary_profile(profile, rng),
             controller=replace(self._config, slo_ms=trace.setting.slo_ms),
             scale=self._scale,
+            watches_worth=self._watches_worth,
         )
         return Episode(trace, model, float(rng.uniform(0.1, 0.9)))
 

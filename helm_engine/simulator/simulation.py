@@ -59,6 +59,8 @@ class EngineModel:
     """Who moves the boundary; by default nobody but a schedule. Its SLO is the setting's."""
     scale: int = 1
     """Pages and rows that one of the simulated ones stands for, a power of two up to 64."""
+    watches_worth: bool = True
+    """Whether a controller is told what a page is worth, as by an engine with a cost profile."""
 
     def __post_init__(self) -> None:
         """Checks the scale.
@@ -139,12 +141,13 @@ class SimulatedEngine:
         setting, scale, layout = model.setting, model.scale, model.layout(emb_fraction)
         num_rows = setting.num_items if scale == 1 else sampled_rows(setting, scale)[1]
         is_controlled = model.controller.name is not None or controller is not None
+        is_watched = model.watches_worth and is_controlled
         self.scheduler = build_scheduler(
             model.scheduler_config(),
             layout,
             num_rows,
             RULES,
-            page_values=model.page_values(layout, num_rows) if is_controlled else None,
+            page_values=model.page_values(layout, num_rows) if is_watched else None,
             refill=model.refill_budget(),
             rows_stand_for=scale,
         )

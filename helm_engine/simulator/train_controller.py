@@ -21,15 +21,16 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from helm_engine.controller.base_policy import ACTIONS
 from helm_engine.controller.controller_config import ControllerConfig
-from helm_engine.controller.observation import FEATURES
+from helm_engine.controller.observation import FEATURES, WORTH_FEATURES
 from helm_engine.simulator.environment import AllocationEnvironment, Reward
 from helm_engine.simulator.imitation import imitate
 from helm_engine.simulator.random_workloads import EpisodeDrawer
@@ -56,13 +57,16 @@ class TrainingConfig:
     """Queries of each process between two updates."""
     teacher_episodes: int = 120
     """Whose examples training begins with; 0 = it begins with a policy that knows nothing."""
-    imitation_epochs: int = 40
+    imitation_epochs: int = 20
     critic_updates: int = 6
     """Updates that only the critic learns from, before the actor may leave its teacher."""
     learning_rate: float = 1e-4
     entropy_weight: float = 0.002
     width: int = 64
     """Of both hidden layers."""
+    watches_worth: bool = False
+    """Whether the network is told what a page is worth. It does better without
+    (`docs/controller-results.md`), and then an engine needs no cost profile to use it."""
     reward: Reward = field(default_factory=Reward)
     control: ControllerConfig = field(default_factory=ControllerConfig)
 
@@ -126,7 +130,6 @@ def train(
     config: TrainingConfig,
     directory: Path,
     say: Callable[[str], object] = print,
-    examples: Examples | None = None,
 ) -> dict[str, Any]:
     """Trains a policy and writes `policy.safetensors`, `curve.json` and checkpoints.
 
@@ -134,7 +137,6 @@ def train(
         config: what to do.
         directory: where files go; made if it is not there.
         say: gets a line for each update.
-        examples: instead of those of `teacher_episodes`.
 
     Returns:
         The configuration and the last line of the curve.
@@ -143,6 +145,7 @@ def train(
         OSError: a file cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "curve.json").write_text("[]\n")  # Fails now rather than after an hour.
     torch.set_num_threads(1)
     makers: list[Callable[[], gymnasium.Env[Any, Any]]] = [
         partial(_make_environment, config) for _ in range(config.processes)
@@ -168,17 +171,13 @@ def train(
     environments.seed(config.seed * 1000)
     actor = [model.policy.mlp_extractor.policy_net, model.policy.action_net]
     try:
-        if examples is None and config.teacher_episodes:
-            say(f"{config.teacher_episodes} episodes of the teacher")
-            examples = _examples(config)
-        if examples is not None:
-            imitate(model.policy, examples, config.imitation_epochs, config.seed, say)
-            save_policy(model.policy, directory / "imitation.safetensors", config, {})
+        if config.teacher_episodes:
+            _learn_from_teacher(model.policy, config, directory, say)
         progress = _Progress(config, directory, say)  # Its minutes begin here.
         updates = 0
         while not updates or not progress.is_over():
             for part in actor:
-                part.requires_grad_(examples is None or updates >= config.critic_updates)
+                part.requires_grad_(not config.teacher_episodes or updates >= config.critic_updates)
             length = config.rollout * config.processes
             model.learn(length, progress, reset_num_timesteps=not updates)
             updates += 1
@@ -189,16 +188,34 @@ def train(
     return {"config": asdict(config), "last": last}
 
 
-def _examples(config: TrainingConfig) -> Examples:
-    drawer = EpisodeDrawer(config.scale, config.episode_s, config.control)
+def _learn_from_teacher(
+    policy: ActorCriticPolicy,
+    config: TrainingConfig,
+    directory: Path,
+    say: Callable[[str], object],
+) -> None:
+    """Half of the episodes the teacher drives, the other half who has learned from the first."""
+    path = directory / "imitation.safetensors"
     seeds = [config.seed * 1_000_000 + number for number in range(config.teacher_episodes)]
-    return gather_examples(seeds, drawer, os.cpu_count() or 1)
+    half = (len(seeds) + 1) // 2
+    examples: Examples | None = None
+    for some, pupil, driver in ((seeds[:half], None, "teacher"), (seeds[half:], path, "pupil")):
+        if not some:
+            continue
+        say(f"{len(some)} episodes, driven by the {driver}")
+        more = gather_examples(some, _drawer(config), os.cpu_count() or 1, pupil)
+        examples = more if examples is None else examples.joined(more)
+        imitate(policy, examples, config.imitation_epochs, config.seed, say)
+        save_policy(policy, path, config, {})
 
 
 def _make_environment(config: TrainingConfig) -> Monitor[Any, Any]:
     torch.set_num_threads(1)
-    drawer = EpisodeDrawer(config.scale, config.episode_s, config.control)
-    return Monitor(AllocationEnvironment(drawer, config.reward))
+    return Monitor(AllocationEnvironment(_drawer(config), config.reward))
+
+
+def _drawer(config: TrainingConfig) -> EpisodeDrawer:
+    return EpisodeDrawer(config.scale, config.episode_s, config.control, config.watches_worth)
 
 
 def save_policy(
@@ -212,12 +229,16 @@ def save_policy(
     ]
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     for number, (_, layer) in enumerate(layers):
-        weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
-        tensors[f"layer{number}.weight"] = np.ascontiguousarray(weight.T)
+        weight, bias = layer.weight.detach().numpy().T.copy(), layer.bias.detach().numpy()
+        if not number and not config.watches_worth:
+            # They were 0 throughout, so their weights are what they were drawn as.
+            weight[[FEATURES.index(name) for name in WORTH_FEATURES]] = 0.0
+        tensors[f"layer{number}.weight"] = weight
         tensors[f"layer{number}.bias"] = np.ascontiguousarray(bias)
     metadata = {
         "features": json.dumps(FEATURES),
         "actions": json.dumps(ACTIONS),
         "training": json.dumps({"config": asdict(config), "progress": progress}, default=str),
     }
-    save_file(tensors, path, metadata=metadata)
+    # By ourselves, since a failed write of the library is not an `OSError`.
+    path.write_bytes(save(tensors, metadata))

@@ -166,10 +166,10 @@ def test_every_name_makes_a_controller_and_others_list_them() -> None:
             make_controller(wrong)
     with pytest.raises(ValueError, match="marginal needs cost_profile"):
         check_controller("marginal", has_costs=False)
-    with pytest.raises(ValueError, match=r"helm.recovery needs cost_profile"):
-        check_controller("helm+recovery", has_costs=False)
+    with pytest.raises(ValueError, match=r"helm.residual needs cost_profile"):
+        check_controller("helm+residual", has_costs=False)
     check_controller("marginal", has_costs=True)
-    check_controller("hill_climb", has_costs=False)
+    check_controller("helm+recovery", has_costs=False)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_varied_workloads_fit_their_setting_and_last_as_long_as_asked() -> None:
 
 def test_training_writes_a_policy_that_the_engine_reads(tmp_path: Path) -> None:
     config = TrainingConfig(
-        max_requests=1, processes=1, teacher_episodes=1, imitation_epochs=10, episode_s=40.0,
+        max_requests=1, processes=1, teacher_episodes=2, imitation_epochs=10, episode_s=40.0,
         rollout=32, scale=64,
         control=ControllerConfig(period_s=1.0),
     )  # fmt: skip
@@ -147,8 +147,10 @@ def test_training_writes_a_policy_that_the_engine_reads(tmp_path: Path) -> None:
     assert policy.rate(Observation()) in ACTIONS
     curve = json.loads((tmp_path / "curve.json").read_text())
     assert len(curve) == 1
-    assert said[0] == "1 episodes of the teacher"
+    assert said[0] == "1 episodes, driven by the teacher"
     assert said[1].startswith("imitation, epoch 10: ")
-    assert said[2].startswith("queries 32")
+    assert said[2] == "1 episodes, driven by the pupil"
+    assert said[3].startswith("imitation, epoch 10: ")
+    assert said[4].startswith("queries 32")
     assert curve[0]["queries"] == 32
     assert curve[0]["requests"] > 0
