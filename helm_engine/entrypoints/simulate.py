@@ -1,9 +1,10 @@
-"""`helm-engine simulate`: a workload through the engine in virtual time."""
+"""`helm-engine simulate`: a workload, or recorded requests, through the engine in virtual time."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,8 @@ from helm_engine.entrypoints.waiting import SlowNotice
 
 if TYPE_CHECKING:
     from helm_engine.simulator.figures import Figures
-    from helm_engine.simulator.simulation import Result
+    from helm_engine.simulator.simulation import EngineModel, Result
+    from helm_engine.simulator.trace import Trace
 
 EXAMPLES = """
 \b
@@ -28,6 +30,7 @@ Examples:
   helm-engine simulate --workload trend --emb-fraction 0.3 --controller hill_climb
   helm-engine simulate --workload mine.json --emb-fraction 0.3 --seed 7 --json out.json
   helm-engine simulate --workload trend --emb-fraction 0.3 --scale 16
+  helm-engine simulate --trace recorded.trace --emb-fraction 0.3
 
 \b
 docs/simulator.md has the schema of a workload, and says what is simulated.
@@ -74,14 +77,22 @@ def _checked(
 
 
 def simulate(
-    workload: Annotated[
-        str,
-        typer.Option(metavar="NAME|FILE", help="steady, trend, burst, or a .json file."),
-    ],
     emb_fraction: Annotated[
         float,
         typer.Option(metavar="SHARE", min=0.0, max=1.0, help="EMB share of the pages, 0 to 1."),
     ],
+    workload: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="steady, trend, burst, or a .json file."),
+    ] = None,
+    trace_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="What `serve --record-trace` wrote, instead of a workload.",
+        ),
+    ] = None,
     setting: Annotated[
         str | None,
         typer.Option(
@@ -117,25 +128,26 @@ def simulate(
         typer.Option(metavar="FILE.npz", help="Write what every step did, as NumPy arrays."),
     ] = None,
 ) -> None:
-    """Run a workload through the engine in virtual time."""
+    """Run a workload, or recorded requests, through the engine in virtual time."""
     splits = _checked(controller, at or [], json_file, step_log)
+    if (workload is None) == (trace_file is None):
+        raise CommandError("--workload: says what is run, or --trace does; give one of them")
     from helm_engine.controller.controller_config import ControllerConfig
     from helm_engine.simulator import figures
-    from helm_engine.simulator.simulation import EngineModel
     from helm_engine.simulator.simulation import simulate as run
-    from helm_engine.simulator.trace import make_trace
-    from helm_engine.simulator.workloads import as_json, builtin_or_file, load_workload
-    from model_executor.cost_profile import load_cost_profile
+    from helm_engine.simulator.workloads import as_json
 
     try:
-        wanted = load_workload(workload, setting)
-        data = wanted.resolved_setting
-        device = load_cost_profile(builtin_or_file("profiles", profile or data.profile, "profile"))
-        model = EngineModel(data, device, controller=ControllerConfig(name=controller), scale=scale)
-        schedule = [(wanted.warm_up_s + when, share) for when, share in splits]
         with SlowNotice() as notice:
-            notice.say("drawing requests")
-            trace = make_trace(wanted, seed, scale=scale)
+            notice.say("making requests")
+            if trace_file is not None:
+                trace, engine = _recorded(trace_file, setting, profile, scale)
+            else:
+                assert workload is not None
+                trace, engine = _drawn(workload, setting, profile, seed, scale)
+            model = replace(engine, controller=ControllerConfig(name=controller), scale=scale)
+            wanted, device = trace.workload, model.profile
+            schedule = [(wanted.warm_up_s + when, share) for when, share in splits]
             notice.say(f"running {len(trace)} requests")
             result = run(trace, model, emb_fraction, schedule)
     except ValueError as error:
@@ -143,6 +155,7 @@ def simulate(
     regimes = figures.figures_by_regime(result)
     Console().print(_table([*regimes, figures.figures(result)], model.setting.slo_ms))
     about = {
+        "trace": None if trace_file is None else str(trace_file),
         "workload": as_json(wanted),
         "setting": as_json(model.setting),
         "profile": asdict(device),
@@ -153,6 +166,44 @@ def simulate(
         "scale": scale,
     }
     _write(result, about, json_file, step_log)
+
+
+def _drawn(
+    name: str, setting: str | None, profile: str | None, seed: int, scale: int
+) -> tuple[Trace, EngineModel]:
+    """The requests of a workload, and an engine of its setting.
+
+    Raises:
+        ValueError: names the file or the field.
+    """
+    from helm_engine.simulator.simulation import EngineModel
+    from helm_engine.simulator.trace import make_trace
+    from helm_engine.simulator.workloads import builtin_or_file, load_workload
+    from model_executor.cost_profile import load_cost_profile
+
+    workload = load_workload(name, setting)
+    data = workload.resolved_setting
+    device = load_cost_profile(builtin_or_file("profiles", profile or data.profile, "profile"))
+    return make_trace(workload, seed, scale=scale), EngineModel(data, device)
+
+
+def _recorded(
+    path: Path, setting: str | None, profile: str | None, scale: int
+) -> tuple[Trace, EngineModel]:
+    """Recorded requests, and the engine that took them.
+
+    Raises:
+        ValueError: names the file or the field.
+    """
+    from helm_engine.simulator.recording import device_of, read_recording
+
+    if setting is not None:
+        raise ValueError("--setting: is that of a workload; a trace says what its engine was")
+    recording, remarks = read_recording(path)
+    for remark in remarks:
+        print(f"helm-engine: {remark}", file=sys.stderr)
+    engine = recording.engine(device_of(recording, profile))
+    return recording.trace(recording.workload(engine.setting), scale), engine
 
 
 def _write(

@@ -41,8 +41,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """
 
     name: Name
-    data: Literal["dlrmv3", "ml100k", "production"]
-    """Law of events, by its file in `events`."""
+    data: Literal["dlrmv3", "ml100k", "production", "recorded"]
+    """Law of events, by its file in `events`; `recorded`: they were recorded and follow none."""
     profile: Name
     """Cost profile of the device that the load is chosen for, by name or file."""
     requests_per_s: Positive
