@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from helm_engine.entrypoints.command import CommandError
+from helm_engine.entrypoints.option_groups import takes_option_groups
 from helm_engine.entrypoints.waiting import SlowNotice
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ Examples:
 \b
 docs/simulator.md has the schema of a workload, and says what is simulated.
 """
-_Seed = Annotated[int, typer.Option(min=0, help="Of all that is drawn.")]
 _JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
 ]
@@ -46,6 +46,67 @@ _Scale = Annotated[
         help="Pages and rows that one stands for, a power of two up to 64: cheaper, less exact.",
     ),
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What is run: a workload, drawn, or requests that were recorded."""
+
+    workload: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="steady, trend, burst, or a .json file."),
+    ] = None
+    trace_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="What `serve --record-trace` wrote, instead of a workload.",
+        ),
+    ] = None
+    setting: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="dlrmv3, ml100k, production, or a .json file, instead of the workload's own.",
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0
+
+    def check(self) -> None:
+        """Looks before anything is loaded.
+
+        Raises:
+            CommandError: names the flag.
+        """
+        if (self.workload is None) == (self.trace_file is None):
+            raise CommandError("--workload: says what is run, or --trace does; give one of them")
+        if self.trace_file is not None and self.setting is not None:
+            raise CommandError("--setting: is that of a workload; a trace brings its own")
+
+    def made(self, profile: str | None, scale: int) -> tuple[Trace, EngineModel]:
+        """The requests, and the engine that they are for.
+
+        Raises:
+            ValueError: names the file or the field.
+        """
+        from helm_engine.simulator.recording import device_of, read_recording
+        from helm_engine.simulator.simulation import EngineModel
+        from helm_engine.simulator.trace import make_trace
+        from helm_engine.simulator.workloads import builtin_or_file, load_workload
+        from model_executor.cost_profile import load_cost_profile
+
+        if self.trace_file is not None:
+            recording, remarks = read_recording(self.trace_file)
+            for remark in remarks:
+                print(f"helm-engine: {remark}", file=sys.stderr)
+            engine = recording.engine(device_of(recording, profile))
+            return recording.trace(recording.workload(engine.setting), scale), engine
+        assert self.workload is not None
+        workload = load_workload(self.workload, self.setting)
+        data = workload.resolved_setting
+        device = load_cost_profile(builtin_or_file("profiles", profile or data.profile, "profile"))
+        return make_trace(workload, self.seed, scale=scale), EngineModel(data, device)
 
 
 def _split(text: str) -> tuple[float, float]:
@@ -76,30 +137,13 @@ def _checked(
     return [_split(text) for text in at]
 
 
+@takes_option_groups
 def simulate(
+    requests: RequestOptions,
     emb_fraction: Annotated[
         float,
         typer.Option(metavar="SHARE", min=0.0, max=1.0, help="EMB share of the pages, 0 to 1."),
     ],
-    workload: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|FILE", help="steady, trend, burst, or a .json file."),
-    ] = None,
-    trace_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--trace",
-            metavar="FILE",
-            help="What `serve --record-trace` wrote, instead of a workload.",
-        ),
-    ] = None,
-    setting: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FILE",
-            help="dlrmv3, ml100k, production, or a .json file, instead of the workload's own.",
-        ),
-    ] = None,
     at: Annotated[
         list[str] | None,
         typer.Option(
@@ -120,7 +164,6 @@ def simulate(
             help="What work costs on the device: a cost profile, instead of the setting's own.",
         ),
     ] = None,
-    seed: _Seed = 0,
     scale: _Scale = 1,
     json_file: _JsonFile = None,
     step_log: Annotated[
@@ -130,8 +173,7 @@ def simulate(
 ) -> None:
     """Run a workload, or recorded requests, through the engine in virtual time."""
     splits = _checked(controller, at or [], json_file, step_log)
-    if (workload is None) == (trace_file is None):
-        raise CommandError("--workload: says what is run, or --trace does; give one of them")
+    requests.check()
     from helm_engine.controller.controller_config import ControllerConfig
     from helm_engine.simulator import figures
     from helm_engine.simulator.simulation import simulate as run
@@ -140,11 +182,7 @@ def simulate(
     try:
         with SlowNotice() as notice:
             notice.say("making requests")
-            if trace_file is not None:
-                trace, engine = _recorded(trace_file, setting, profile, scale)
-            else:
-                assert workload is not None
-                trace, engine = _drawn(workload, setting, profile, seed, scale)
+            trace, engine = requests.made(profile, scale)
             model = replace(engine, controller=ControllerConfig(name=controller), scale=scale)
             wanted, device = trace.workload, model.profile
             schedule = [(wanted.warm_up_s + when, share) for when, share in splits]
@@ -155,55 +193,17 @@ def simulate(
     regimes = figures.figures_by_regime(result)
     Console().print(_table([*regimes, figures.figures(result)], model.setting.slo_ms))
     about = {
-        "trace": None if trace_file is None else str(trace_file),
+        "trace": None if requests.trace_file is None else str(requests.trace_file),
         "workload": as_json(wanted),
         "setting": as_json(model.setting),
         "profile": asdict(device),
         "emb_fraction_at_start": emb_fraction,
         "controller": controller,
         "schedule": splits,
-        "seed": seed,
+        "seed": requests.seed,
         "scale": scale,
     }
     _write(result, about, json_file, step_log)
-
-
-def _drawn(
-    name: str, setting: str | None, profile: str | None, seed: int, scale: int
-) -> tuple[Trace, EngineModel]:
-    """The requests of a workload, and an engine of its setting.
-
-    Raises:
-        ValueError: names the file or the field.
-    """
-    from helm_engine.simulator.simulation import EngineModel
-    from helm_engine.simulator.trace import make_trace
-    from helm_engine.simulator.workloads import builtin_or_file, load_workload
-    from model_executor.cost_profile import load_cost_profile
-
-    workload = load_workload(name, setting)
-    data = workload.resolved_setting
-    device = load_cost_profile(builtin_or_file("profiles", profile or data.profile, "profile"))
-    return make_trace(workload, seed, scale=scale), EngineModel(data, device)
-
-
-def _recorded(
-    path: Path, setting: str | None, profile: str | None, scale: int
-) -> tuple[Trace, EngineModel]:
-    """Recorded requests, and the engine that took them.
-
-    Raises:
-        ValueError: names the file or the field.
-    """
-    from helm_engine.simulator.recording import device_of, read_recording
-
-    if setting is not None:
-        raise ValueError("--setting: is that of a workload; a trace says what its engine was")
-    recording, remarks = read_recording(path)
-    for remark in remarks:
-        print(f"helm-engine: {remark}", file=sys.stderr)
-    engine = recording.engine(device_of(recording, profile))
-    return recording.trace(recording.workload(engine.setting), scale), engine
 
 
 def _write(

@@ -20,7 +20,7 @@ from helm_engine.simulator.recording import read_recording
 from helm_engine.simulator.simulation import Result, simulate
 from tests.e2e.running_server import BUNDLED_MODEL, REPOSITORY, running_server
 
-USERS = ("somebody-with-a-name", "another@example.org", "a third one")
+USERS = ("somebody-with-a-name", "another@example.org", *(f"user number {n}" for n in range(4)))
 PROFILE = REPOSITORY / "helm_engine/simulator/builtin/profiles/cpu-slow-redis.json"
 
 
@@ -61,7 +61,7 @@ def bodies() -> Iterator[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     path = tmp_path_factory.mktemp("recorded") / "served.trace"
-    pool = ["--pool-bytes", "1200KiB", "--emb-fraction", "0.3", "--max-num-batched-tokens", "128"]
+    pool = ["--pool-bytes", "560KiB", "--emb-fraction", "0.3", "--max-num-batched-tokens", "128"]
     flags = [*pool, "--refill-bytes-per-second", "0", "--cost-profile", str(PROFILE)]
     with running_server(BUNDLED_MODEL, *flags, "--record-trace", str(path)) as server:
         answers = [server.post(body) for body in bodies()]
