@@ -61,7 +61,7 @@ def bodies() -> Iterator[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     path = tmp_path_factory.mktemp("recorded") / "served.trace"
-    pool = ["--pool-bytes", "560KiB", "--emb-fraction", "0.3", "--max-num-batched-tokens", "128"]
+    pool = ["--pool-bytes", "560KiB", "--emb-fraction", "0.3", "--max-num-batched-tokens", "64"]
     flags = [*pool, "--refill-bytes-per-second", "0", "--cost-profile", str(PROFILE)]
     with running_server(BUNDLED_MODEL, *flags, "--record-trace", str(path)) as server:
         answers = [server.post(body) for body in bodies()]
