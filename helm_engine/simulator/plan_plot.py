@@ -52,7 +52,7 @@ def _draw_static(axes: Axes, plan: Plan) -> None:
     axes.plot(shares, np.where(np.isfinite(p99), p99, np.nan), marker="o", label="P99")
     axes.plot(shares, device, marker="o", label="device, each request")
     axes.axvline(plan.best_share, color="#7f8c8d", linestyle="--", label="best static")
-    axes.set_yscale("log")
+    _logarithmic(axes)
     axes.set_xlabel("EMB share, static")
     axes.set_ylabel("ms")
     axes.legend(fontsize=8)
@@ -63,7 +63,7 @@ def _draw_engines(axes: Axes, plan: Plan) -> None:
     p99 = [one.p99_ms if np.isfinite(one.p99_ms) else np.nan for one in plan.engines]
     axes.plot(numbers, p99, marker="o", color="#c0392b", label="P99, ms")
     axes.axhline(plan.setting.slo_ms, color="#c0392b", linestyle=":", label="SLO")
-    axes.set_yscale("log")
+    _logarithmic(axes)
     axes.set_xticks(numbers)
     axes.set_xlabel("engines")
     axes.set_ylabel("ms")
@@ -73,3 +73,9 @@ def _draw_engines(axes: Axes, plan: Plan) -> None:
     kept.set_ylim(0.0, 1.02)
     kept.set_ylabel("share within the SLO", color="#3b6fb6")
     axes.legend(fontsize=8)
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
