@@ -14,14 +14,17 @@ from helm_engine.exceptions import (
 from helm_engine.metrics import EngineMetrics
 from helm_engine.output_processor import build_recommendation
 from helm_engine.protocol import Recommendation, RecommendRequest
+from helm_engine.request_trace.recorder import TraceRecorder
 
 
 class AsyncRecommender:
     """Validates and hashes on the event loop; steps run in the engine core's process."""
 
-    def __init__(self, supervisor: EngineSupervisor) -> None:
+    def __init__(self, supervisor: EngineSupervisor, recorder: TraceRecorder | None = None) -> None:
+        """Takes the engine, and who writes down what it is asked, if anybody."""
         self.supervisor = supervisor
-        self.metrics = EngineMetrics(supervisor)
+        self._recorder = recorder
+        self.metrics = EngineMetrics(supervisor, recorder)
         self.clock = SystemClock()
 
     async def recommend(
@@ -45,7 +48,10 @@ class AsyncRecommender:
         request_id = f"rec-{uuid.uuid4().hex}"
         engine = self.supervisor.engine
         prepared = engine.processor.process(body, request_id, arrived)
-        await engine.client.submit(prepared.request)
+        running = engine.client.submit(prepared.request)
+        if self._recorder is not None:
+            running = self._recorder.follow(running, prepared.request, engine.served)
+        await running
         if self.clock.now() > prepared.request.deadline:
             raise DeadlineExceededError("the deadline passed before the answer was sent")
         answer = build_recommendation(prepared, engine.served.name, answer_id or request_id)

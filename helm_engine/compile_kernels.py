@@ -25,6 +25,7 @@ from helm_engine.controller.observation_sums import (
 )
 from helm_engine.controller.policy_network import best_action
 from helm_engine.datasets.ml100k import MovieLens100K
+from helm_engine.request_trace.siphash import SipKey, siphash
 from helm_engine.simulator.events.law import Asked, EventLaw
 from helm_engine.simulator.events.ml100k import MovieLensLaw
 from helm_engine.simulator.events.production import ProductionLaw
@@ -88,6 +89,7 @@ def main() -> None:
     compile_kernels()
     make_trace(load_workload("steady"), seed=0, scale=2)
     _compile_event_laws()
+    siphash(row.view(np.uint64).reshape(-1, 1), SipKey(0, 0))
     _compile_observation()
 
 

@@ -218,6 +218,10 @@ class ServerConfig:
     """Any of these lets an operator reload; none = nobody may over HTTP."""
     otlp_traces_endpoint: str | None = None
     """URL that OpenTelemetry spans are sent to; None = no traces."""
+    record_trace: Path | None = None
+    """File that gets a record of each request, ids hashed; None = nothing is recorded."""
+    record_trace_max_bytes: int = 1 << 30
+    """Where that file ends."""
 
     def __post_init__(self) -> None:
         """Checks each value.
@@ -233,3 +237,4 @@ class ServerConfig:
             raise ValueError(f"start_timeout: must be above 0, not {self.start_timeout}")
         if not self.body_timeout > 0.0:
             raise ValueError(f"body_timeout: must be above 0, not {self.body_timeout}")
+        _require_at_least("record_trace_max_bytes", self.record_trace_max_bytes, 1 << 16)

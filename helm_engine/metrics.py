@@ -20,6 +20,7 @@ from helm_engine.engine_stats import ControllerStats, EngineStats
 from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.exceptions import HelmError
 from helm_engine.protocol import Recommendation
+from helm_engine.request_trace.recorder import TraceRecorder
 
 LATENCY_BUCKETS_SECONDS = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03,
@@ -34,8 +35,9 @@ TOKEN_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32
 class _EngineCollector(Collector):
     """Reads the engine's last report when scraped, so that steps pay nothing for metrics."""
 
-    def __init__(self, supervisor: EngineSupervisor) -> None:
+    def __init__(self, supervisor: EngineSupervisor, recorder: TraceRecorder | None) -> None:
         self._supervisor = supervisor
+        self._recorder = recorder
 
     def collect(self) -> Iterator[Metric]:
         """Gauges of the present state and totals since the engine started."""
@@ -45,6 +47,10 @@ class _EngineCollector(Collector):
         restarts, reloads = supervisor.num_restarts, supervisor.num_reloads
         yield _counter("engine_restarts", "Engines that died or hung.", name, restarts)
         yield _counter("model_reloads", "Models put in another's place.", name, reloads)
+        if self._recorder is not None:
+            recorded, lost = self._recorder.num_recorded, self._recorder.num_lost
+            yield _counter("trace_requests_recorded", "Requests in the trace.", name, recorded)
+            yield _counter("trace_requests_lost", "Requests missing in the trace.", name, lost)
         if not supervisor.is_ready:
             return
         stats = supervisor.engine.client.stats
@@ -189,9 +195,9 @@ class _ModelMetrics(NamedTuple):
 class EngineMetrics:
     """What a front exposes at `/metrics`."""
 
-    def __init__(self, supervisor: EngineSupervisor) -> None:
+    def __init__(self, supervisor: EngineSupervisor, recorder: TraceRecorder | None = None) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(supervisor))
+        self._registry.register(_EngineCollector(supervisor, recorder))
         ProcessCollector(registry=self._registry)
         self._supervisor = supervisor
         self._success = Counter(

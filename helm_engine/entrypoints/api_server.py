@@ -31,6 +31,7 @@ from helm_engine.entrypoints.request_ids import RequestIds
 from helm_engine.entrypoints.tracing import Tracer
 from helm_engine.exceptions import HelmError
 from helm_engine.protocol import RECOMMEND_PATHS
+from helm_engine.request_trace.recorder import TraceRecorder
 from helm_engine.served_model import ServedModel
 from helm_engine.version import __version__
 
@@ -57,6 +58,11 @@ class ApiFront:
             ValueError: a key is malformed, or traces are wanted and cannot be made.
         """
         self._announce = announce
+        recorder = self._recorder = (
+            None
+            if server.record_trace is None
+            else TraceRecorder(server.record_trace, server.record_trace_max_bytes)
+        )
         self._supervisor = EngineSupervisor(
             config,
             lambda engine: EngineClient(engine, server.hang_timeout),
@@ -73,10 +79,12 @@ class ApiFront:
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             yield
             self.ended_in_order = await self._supervisor.close()
+            if recorder is not None:
+                await asyncio.to_thread(recorder.close)
             await asyncio.to_thread(tracer.close)
 
         self.app = FastAPI(title="HELM Engine", version=__version__, lifespan=lifespan)
-        recommender = AsyncRecommender(self._supervisor)
+        recommender = AsyncRecommender(self._supervisor, recorder)
         self._admission = admission = Admission.to(config.scheduler)
         self.app.state.recommender = recommender
         self.app.state.admission = admission
@@ -98,8 +106,13 @@ class ApiFront:
         self.app.openapi = lambda: describe(self.app, config.limits)  # type: ignore[method-assign]
 
     async def start(self) -> None:
-        """Starts the engine and says so; raises what `EngineSupervisor.start` raises."""
+        """Starts the engine and says so.
+
+        Raises what `EngineSupervisor.start` raises, and ValueError if the trace cannot be written.
+        """
         served = await self._supervisor.start()
+        if self._recorder is not None:
+            self._recorder.begin(served)
         gc.collect()
         gc.freeze()
         self._announce(served)

@@ -18,6 +18,8 @@ from helm_engine.entrypoints.command import CommandError, HelmCommand, HelmGroup
 from helm_engine.entrypoints.engine_options import (
     ENGINE_CONTEXT,
 )
+from helm_engine.entrypoints.plan import EXAMPLES as PLAN_EXAMPLES
+from helm_engine.entrypoints.plan import plan
 from helm_engine.entrypoints.publish_rows import EXAMPLES as PUBLISH_EXAMPLES
 from helm_engine.entrypoints.publish_rows import publish_rows
 from helm_engine.entrypoints.run_batch import run_batch
@@ -103,6 +105,7 @@ app.command(cls=HelmCommand, epilog=BOUNDARY_EXAMPLES)(boundary)
 
 
 app.command(cls=HelmCommand, epilog=SIMULATE_EXAMPLES)(simulate)
+app.command(cls=HelmCommand, epilog=PLAN_EXAMPLES)(plan)
 app.command("train-controller", cls=HelmCommand, epilog=TRAIN_EXAMPLES)(train_controller)
 
 

@@ -276,7 +276,7 @@ class EngineOptions:
         return EngineConfig(
             model_dir=model_dir,
             pool=PoolConfig(
-                _bytes("pool_bytes", self.pool_bytes), self.emb_fraction, self.block_tokens
+                size_in_bytes("pool_bytes", self.pool_bytes), self.emb_fraction, self.block_tokens
             ),
             scheduler=SchedulerConfig(
                 max_num_batched_tokens=self.max_num_batched_tokens,
@@ -288,22 +288,22 @@ class EngineOptions:
                 device=self.device,
                 dtype=self.dtype,
                 attention_backend=self.attention_backend,
-                max_retrieval_matrix_bytes=_bytes(
+                max_retrieval_matrix_bytes=size_in_bytes(
                     "max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes
                 ),
             ),
             host_tier=HostTierConfig(
                 source=self.host_tier or _HOST_TIER.source,
                 timeout=self.host_tier_timeout,
-                refill_bytes_per_second=_bytes(
+                refill_bytes_per_second=size_in_bytes(
                     "refill_bytes_per_second", self.refill_bytes_per_second
                 ),
                 link_bytes_per_second=None
                 if self.host_link_bytes_per_second is None
-                else _bytes("host_link_bytes_per_second", self.host_link_bytes_per_second),
+                else size_in_bytes("host_link_bytes_per_second", self.host_link_bytes_per_second),
             ),
             limits=RequestLimits(
-                max_body_bytes=_bytes("max_body_bytes", self.max_body_bytes),
+                max_body_bytes=size_in_bytes("max_body_bytes", self.max_body_bytes),
                 max_history_events=self.max_history_events,
                 max_candidates=self.max_candidates,
                 max_requests=self.max_requests,
@@ -342,7 +342,12 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
         pass
 
 
-def _bytes(field: str, text: str) -> int:
+def size_in_bytes(field: str, text: str) -> int:
+    """What a flag says as `64MiB`.
+
+    Raises:
+        ValueError: it is no size; names the field.
+    """
     try:
         return int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:

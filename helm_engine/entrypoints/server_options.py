@@ -11,9 +11,10 @@ import typer
 
 from helm_engine.config import ServerConfig
 from helm_engine.entrypoints.api_keys import KeySet, read_key_file
+from helm_engine.entrypoints.engine_options import size_in_bytes
 from helm_engine.entrypoints.value_source import secret_option
 
-_SERVER, _KEYS = "Server", "Keys"
+_SERVER, _TRACE, _KEYS = "Server", "Recorded trace", "Keys"
 _DEFAULTS = ServerConfig()
 
 
@@ -76,6 +77,21 @@ class ServerOptions:
             "(extra otel).",
         ),
     ] = None
+    record_trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_TRACE,
+            help="Record each request in a new file, for `simulate` and `plan`; ids are hashed "
+            "with a key that is not kept.",
+        ),
+    ] = None
+    record_trace_max_bytes: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE", rich_help_panel=_TRACE, help="Where that file ends; the server goes on."
+        ),
+    ] = f"{_DEFAULTS.record_trace_max_bytes >> 20}MiB"
     api_key: Annotated[
         str | None,
         secret_option(
@@ -118,6 +134,10 @@ class ServerOptions:
             api_keys=_keys("api_key", self.api_key, self.api_key_file),
             admin_keys=_keys("admin_key", self.admin_key, self.admin_key_file),
             otlp_traces_endpoint=self.otlp_traces_endpoint,
+            record_trace=self.record_trace,
+            record_trace_max_bytes=size_in_bytes(
+                "record_trace_max_bytes", self.record_trace_max_bytes
+            ),
         )
 
 

@@ -1,9 +1,10 @@
-"""`helm-engine simulate`: a workload through the engine in virtual time."""
+"""`helm-engine simulate`: a workload, or recorded requests, through the engine in virtual time."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from helm_engine.entrypoints.command import CommandError
+from helm_engine.entrypoints.option_groups import takes_option_groups
 from helm_engine.entrypoints.waiting import SlowNotice
 
 if TYPE_CHECKING:
     from helm_engine.simulator.figures import Figures
-    from helm_engine.simulator.simulation import Result
+    from helm_engine.simulator.simulation import EngineModel, Result
+    from helm_engine.simulator.trace import Trace
 
 EXAMPLES = """
 \b
@@ -28,11 +31,11 @@ Examples:
   helm-engine simulate --workload trend --emb-fraction 0.3 --controller hill_climb
   helm-engine simulate --workload mine.json --emb-fraction 0.3 --seed 7 --json out.json
   helm-engine simulate --workload trend --emb-fraction 0.3 --scale 16
+  helm-engine simulate --trace recorded.trace --emb-fraction 0.3
 
 \b
 docs/simulator.md has the schema of a workload, and says what is simulated.
 """
-_Seed = Annotated[int, typer.Option(min=0, help="Of all that is drawn.")]
 _JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")
 ]
@@ -43,6 +46,67 @@ _Scale = Annotated[
         help="Pages and rows that one stands for, a power of two up to 64: cheaper, less exact.",
     ),
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What is run: a workload, drawn, or requests that were recorded."""
+
+    workload: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="steady, trend, burst, or a .json file."),
+    ] = None
+    trace_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="What `serve --record-trace` wrote, instead of a workload.",
+        ),
+    ] = None
+    setting: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="dlrmv3, ml100k, production, or a .json file, instead of the workload's own.",
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0
+
+    def check(self) -> None:
+        """Looks before anything is loaded.
+
+        Raises:
+            CommandError: names the flag.
+        """
+        if (self.workload is None) == (self.trace_file is None):
+            raise CommandError("--workload: says what is run, or --trace does; give one of them")
+        if self.trace_file is not None and self.setting is not None:
+            raise CommandError("--setting: is that of a workload; a trace brings its own")
+
+    def made(self, profile: str | None, scale: int) -> tuple[Trace, EngineModel]:
+        """The requests, and the engine that they are for.
+
+        Raises:
+            ValueError: names the file or the field.
+        """
+        from helm_engine.simulator.recording import device_of, read_recording
+        from helm_engine.simulator.simulation import EngineModel
+        from helm_engine.simulator.trace import make_trace
+        from helm_engine.simulator.workloads import builtin_or_file, load_workload
+        from model_executor.cost_profile import load_cost_profile
+
+        if self.trace_file is not None:
+            recording, remarks = read_recording(self.trace_file)
+            for remark in remarks:
+                print(f"helm-engine: {remark}", file=sys.stderr)
+            engine = recording.engine(device_of(recording, profile))
+            return recording.trace(recording.workload(engine.setting), scale), engine
+        assert self.workload is not None
+        workload = load_workload(self.workload, self.setting)
+        data = workload.resolved_setting
+        device = load_cost_profile(builtin_or_file("profiles", profile or data.profile, "profile"))
+        return make_trace(workload, self.seed, scale=scale), EngineModel(data, device)
 
 
 def _split(text: str) -> tuple[float, float]:
@@ -73,22 +137,13 @@ def _checked(
     return [_split(text) for text in at]
 
 
+@takes_option_groups
 def simulate(
-    workload: Annotated[
-        str,
-        typer.Option(metavar="NAME|FILE", help="steady, trend, burst, or a .json file."),
-    ],
+    requests: RequestOptions,
     emb_fraction: Annotated[
         float,
         typer.Option(metavar="SHARE", min=0.0, max=1.0, help="EMB share of the pages, 0 to 1."),
     ],
-    setting: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FILE",
-            help="dlrmv3, ml100k, production, or a .json file, instead of the workload's own.",
-        ),
-    ] = None,
     at: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,7 +164,6 @@ def simulate(
             help="What work costs on the device: a cost profile, instead of the setting's own.",
         ),
     ] = None,
-    seed: _Seed = 0,
     scale: _Scale = 1,
     json_file: _JsonFile = None,
     step_log: Annotated[
@@ -117,25 +171,21 @@ def simulate(
         typer.Option(metavar="FILE.npz", help="Write what every step did, as NumPy arrays."),
     ] = None,
 ) -> None:
-    """Run a workload through the engine in virtual time."""
+    """Run a workload, or recorded requests, through the engine in virtual time."""
     splits = _checked(controller, at or [], json_file, step_log)
+    requests.check()
     from helm_engine.controller.controller_config import ControllerConfig
     from helm_engine.simulator import figures
-    from helm_engine.simulator.simulation import EngineModel
     from helm_engine.simulator.simulation import simulate as run
-    from helm_engine.simulator.trace import make_trace
-    from helm_engine.simulator.workloads import as_json, builtin_or_file, load_workload
-    from model_executor.cost_profile import load_cost_profile
+    from helm_engine.simulator.workloads import as_json
 
     try:
-        wanted = load_workload(workload, setting)
-        data = wanted.resolved_setting
-        device = load_cost_profile(builtin_or_file("profiles", profile or data.profile, "profile"))
-        model = EngineModel(data, device, controller=ControllerConfig(name=controller), scale=scale)
-        schedule = [(wanted.warm_up_s + when, share) for when, share in splits]
         with SlowNotice() as notice:
-            notice.say("drawing requests")
-            trace = make_trace(wanted, seed, scale=scale)
+            notice.say("making requests")
+            trace, engine = requests.made(profile, scale)
+            model = replace(engine, controller=ControllerConfig(name=controller), scale=scale)
+            wanted, device = trace.workload, model.profile
+            schedule = [(wanted.warm_up_s + when, share) for when, share in splits]
             notice.say(f"running {len(trace)} requests")
             result = run(trace, model, emb_fraction, schedule)
     except ValueError as error:
@@ -143,13 +193,14 @@ def simulate(
     regimes = figures.figures_by_regime(result)
     Console().print(_table([*regimes, figures.figures(result)], model.setting.slo_ms))
     about = {
+        "trace": None if requests.trace_file is None else str(requests.trace_file),
         "workload": as_json(wanted),
         "setting": as_json(model.setting),
         "profile": asdict(device),
         "emb_fraction_at_start": emb_fraction,
         "controller": controller,
         "schedule": splits,
-        "seed": seed,
+        "seed": requests.seed,
         "scale": scale,
     }
     _write(result, about, json_file, step_log)

@@ -14,6 +14,7 @@ import numpy as np
 from block_manager.refill import RefillConfig
 from helm_engine.controller.allocation_controller import AllocationController
 from helm_engine.controller.controller_config import ControllerConfig
+from helm_engine.simulator.recording import Recording
 from helm_engine.simulator.schedule import Schedule, constant
 from helm_engine.simulator.simulation import EngineModel, FloatArray, Result, simulate
 from helm_engine.simulator.trace import Trace, make_trace
@@ -79,6 +80,9 @@ class Case:
     """Bounds and slew limit."""
     refill: RefillConfig | None = None
     """See `EngineModel`."""
+    recording: Recording | None = None
+    """Recorded requests instead of drawn ones, and the engine that took them; the workload tells
+    them as regimes."""
     _traces: dict[int, Trace] = field(default_factory=dict)
     _runs: dict[tuple[Schedule, int], Result] = field(default_factory=dict)
 
@@ -86,16 +90,27 @@ class Case:
         """The same requests under another configuration or refill."""
         return replace(self, **changes, _runs={})
 
+    def retold(self, workload: Workload) -> Case:
+        """The same recorded requests and runs under other regimes, with the same warm-up."""
+        return replace(self, workload=workload, _traces={})
+
     def trace(self, scale: int) -> Trace:
         """The requests, as an engine of that scale needs them."""
         if scale not in self._traces:
-            self._traces[scale] = make_trace(self.workload, self.seed, scale=scale)
+            self._traces[scale] = (
+                make_trace(self.workload, self.seed, scale=scale)
+                if self.recording is None
+                else self.recording.trace(self.workload, scale)
+            )
         return self._traces[scale]
 
     def model(self, scale: int, name: str | None = None) -> EngineModel:
         """The engine, with a controller by name."""
         setting = self.workload.resolved_setting
         config = replace(self.config, name=name)
+        if self.recording is not None:
+            engine = self.recording.engine(self.profile)
+            return replace(engine, setting=setting, controller=config, scale=scale)
         return EngineModel(
             setting, self.profile, refill=self.refill, controller=config, scale=scale
         )

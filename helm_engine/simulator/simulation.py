@@ -32,6 +32,7 @@ from helm_engine.simulator.scaling import CoarseKV, CoarsePageValues, check_scal
 from helm_engine.simulator.step_log import StepLog
 from helm_engine.simulator.trace import RULES, Trace
 from helm_engine.simulator.workloads import Setting
+from model_executor.capabilities import StepRules
 from model_executor.cost_profile import CostProfile
 from model_executor.row_loader import CHUNK_ROWS
 from model_executor.simulated_executor import SimulatedExecutor
@@ -61,6 +62,8 @@ class EngineModel:
     """Pages and rows that one of the simulated ones stands for, a power of two up to 64."""
     watches_worth: bool = True
     """Whether a controller is told what a page is worth, as by an engine with a cost profile."""
+    rules: StepRules = RULES
+    """Of the model that the requests are made for."""
 
     def __post_init__(self) -> None:
         """Checks the scale.
@@ -146,7 +149,7 @@ class SimulatedEngine:
             model.scheduler_config(),
             layout,
             num_rows,
-            RULES,
+            model.rules,
             page_values=model.page_values(layout, num_rows) if is_watched else None,
             refill=model.refill_budget(),
             rows_stand_for=scale,

@@ -7,6 +7,7 @@ them, because a history only grows. Requests change while they run, so each run 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -64,8 +65,12 @@ class Trace:
     """[longest history or number of candidates, 1]."""
     _cuts: list[list[int]]
     """Of each request: who makes it, where its history begins and ends among all events, where its
-    candidates do among all. Reading Python's numbers out of a list takes less than out of arrays.
-    """
+    candidates do among all, how many of its blocks may be reused. Reading Python's numbers out of a
+    list takes less than out of arrays."""
+    deadlines_ms: FloatArray | None = None
+    """After each came; infinite = it has none. float64 [n]; None = no request has one."""
+    priorities: Int64Array | None = None
+    """Of each, int64 [n]; None = all alike."""
 
     def __len__(self) -> int:
         """Requests."""
@@ -78,7 +83,7 @@ class Trace:
 
     def tokens(self, number: int) -> TokenSequence:
         """What the model reads of a request, as views."""
-        _, begin, end, first, last = self._cuts[number]
+        _, begin, end, first, last, _ = self._cuts[number]
         return TokenSequence(
             rows=self.events[begin:end],
             features=self._no_features[: end - begin],
@@ -89,19 +94,23 @@ class Trace:
 
     def request(self, number: int) -> Request:
         """A new request, which came at its time after the start."""
-        tokens, person = self.tokens(number), self._cuts[number][0]
+        tokens, (person, *_, num_blocks) = self.tokens(number), self._cuts[number]
         hashes, block_tokens = self.block_hashes[person], self.setting.block_tokens
+        arrival = float(self.arrivals[number])
+        deadlines, priorities = self.deadlines_ms, self.priorities
         return Request(
             request_id=str(number),
             tokens=tokens,
             top_k=0,
             excluded_ids=_NOTHING,
             block_hashes=(
-                hashes[: tokens.num_final // block_tokens]
+                hashes[:num_blocks]
                 if self.scale == 1
                 else coarse_history(hashes, person, tokens.num_final, block_tokens, self.scale)
             ),
-            arrival=float(self.arrivals[number]),
+            arrival=arrival,
+            deadline=inf if deadlines is None else arrival + float(deadlines[number]) / 1e3,
+            priority=0 if priorities is None else int(priorities[number]),
             user_tag=self.user_tags[person],
         )
 
@@ -176,9 +185,13 @@ def make_trace(
         block_hashes=hashes,
         user_tags=[user_tag(digest) for digest in digests],
         _no_features=no_features,
-        _cuts=np.stack(
-            [asked.people, begins, begins + asked.lengths, *_pairs(candidate_bounds)], axis=1
-        ).tolist(),
+        _cuts=cuts(
+            asked.people,
+            begins,
+            asked.lengths,
+            candidate_bounds,
+            asked.lengths // setting.block_tokens,
+        ),
     )
 
 
@@ -210,9 +223,18 @@ def _visits(
     )
 
 
-def _pairs(bounds: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Where each one begins and ends."""
-    return bounds[:-1], bounds[1:]
+def cuts(
+    people: Int64Array,
+    begins: Int64Array,
+    lengths: Int64Array,
+    candidate_bounds: Int64Array,
+    num_blocks: Int64Array,
+) -> list[list[int]]:
+    """See `Trace._cuts`: all int64 [n], but for the bounds, [n + 1]."""
+    firsts, lasts = candidate_bounds[:-1], candidate_bounds[1:]
+    columns = [people, begins, begins + lengths, firsts, lasts, num_blocks]
+    found: list[list[int]] = np.stack(columns, axis=1).tolist()
+    return found
 
 
 def _hashes(

@@ -5,12 +5,14 @@ All of it is batched.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from helm_engine.simulator.arrival_file import read_arrivals
 from helm_engine.simulator.workloads import Regime, Workload
 
 Int64Array = npt.NDArray[np.int64]
@@ -27,17 +29,38 @@ _NOBODY = -1
 def arrival_times(
     workload: Workload, requests_per_s: float, rng: np.random.Generator
 ) -> FloatArray:
-    """Times of a Poisson process whose rate follows the regimes' loads: seconds, ascending, [n].
+    """Times at a rate that follows the regimes' loads: seconds, ascending, float64 [n].
 
-    Arrivals at rate 1 become those of the workload where time is stretched by the inverse of its
-    cumulated rate.
+    They are of a Poisson process, or real ones. Arrivals at rate 1 become those of the workload
+    where time is stretched by the inverse of its cumulated rate.
+
+    Raises:
+        ValueError: the file of real ones is none; names the place.
     """
     knots, loads = _load_curve(workload)
     expected = np.concatenate([[0.0], np.cumsum(np.diff(knots) * loads * requests_per_s)])
     total = float(expected[-1])
-    at_rate_1 = np.sort(rng.random(rng.poisson(total))) * total
+    at_rate_1 = (
+        np.sort(rng.random(rng.poisson(total))) * total
+        if workload.arrivals is None
+        else _again_and_again(read_arrivals(Path(workload.arrivals)), total)
+    )
     times: FloatArray = np.interp(at_rate_1, expected, knots)
     return times
+
+
+def _again_and_again(real: FloatArray, until: float) -> FloatArray:
+    """Real times at a mean rate of 1, from the start again where they end.
+
+    Args:
+        real: at least two, ascending, float64 [n].
+        until: the last one is before it.
+    """
+    number = len(real)
+    once = (real - real[0]) * ((number - 1) / (real[-1] - real[0])) + 0.5
+    rounds = np.arange(int(until // number) + 1)[:, None] * float(number)
+    times: FloatArray = (rounds + once).ravel()
+    return times[times < until]
 
 
 def _load_curve(workload: Workload) -> tuple[FloatArray, FloatArray]:

@@ -41,8 +41,8 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """
 
     name: Name
-    data: Literal["dlrmv3", "ml100k", "production"]
-    """Law of events, by its file in `events`."""
+    data: Literal["dlrmv3", "ml100k", "production", "recorded"]
+    """Law of events, by its file in `events`; `recorded`: they were recorded and follow none."""
     profile: Name
     """Cost profile of the device that the load is chosen for, by name or file."""
     requests_per_s: Positive
@@ -153,6 +153,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     warm_up_s: NotNegative
     """The first regime lasts so much longer, and requests of that time are not counted."""
     regimes: Annotated[list[Regime], Meta(min_length=1, max_length=10_000)]
+    arrivals: Name | None = None
+    """File of real arrival times that the requests follow; None = a Poisson process."""
 
     def __post_init__(self) -> None:
         """Checks what concerns the first regime.
@@ -237,7 +239,11 @@ def load_workload(name: str, setting: str | None = None) -> Workload:
     made_for_it = f"{name}-{setting}"
     if made_for_it in builtin_names("workloads"):
         name, setting = made_for_it, None
-    workload = _read(builtin_or_file("workloads", name, "workload"), Workload)
+    path = builtin_or_file("workloads", name, "workload")
+    workload = _read(path, Workload)
+    if workload.arrivals is not None:
+        beside = str(path.parent / workload.arrivals)
+        workload = msgspec.structs.replace(workload, arrivals=beside)
     if setting is not None:
         workload = msgspec.structs.replace(workload, setting=load_setting(setting))
     try:

@@ -172,12 +172,15 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "start_timeout": st.floats(1.0, 1e6),
     "body_timeout": st.floats(0.1, 1e6),
     "otlp_traces_endpoint": _TEXT,
+    "record_trace": _PATH,
+    "record_trace_max_bytes": _SIZE,
     "api_key_file": _PATH,
     "admin_key_file": _PATH,
 }
 _WITHOUT_DEFAULT = {
     "served-model-name", "cost-profile", "otlp-traces-endpoint", "api-key-file", "admin-key-file",
     "max-pages-per-step", "host-link-bytes-per-second", "controller", "decision-log",
+    "record-trace",
 }  # fmt: skip
 
 

@@ -15,7 +15,10 @@ def event_law(setting: Setting, regimes: list[Regime]) -> EventLaw:
 
     Raises:
         DatasetError: the data that it replays are not there, or are not what they should be.
+        ValueError: its events were recorded.
     """
+    if setting.data == "recorded":
+        raise ValueError("data: recorded requests follow no law; simulate --trace has them")
     if setting.data == "ml100k":
         return MovieLensLaw(load_local_ml100k(), regimes)
     if setting.data == "production":

@@ -1,0 +1,1 @@
+"""Requests that a server took, in a file without anybody's ids."""
