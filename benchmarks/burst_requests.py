@@ -78,7 +78,12 @@ def workload(regime_s: float, warm_up_s: float, regimes: int = 4) -> Workload:
         browsing, seconds=regime_s, load=BROWSING_LOAD, catalogue_share=CATALOGUE_SHARE
     )
     burst = msgspec.structs.replace(
-        burst, seconds=regime_s, load=BURST_LOAD, hot_users=REGULARS, history_sd=250.0
+        burst,
+        seconds=regime_s,
+        ramp_s=RAMP_S,
+        load=BURST_LOAD,
+        hot_users=REGULARS,
+        history_sd=250.0,
     )
     turns: list[Regime] = []
     for place in range(regimes):

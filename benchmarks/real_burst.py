@@ -19,19 +19,19 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
 
 import numpy as np
-import torch
 from rich.progress import track
 
 from benchmarks import burst_requests
@@ -42,13 +42,10 @@ from benchmarks.real_burst_figures import Run, boundary_of, draw, max_score_diff
 from benchmarks.recorded_client import Outcome, Replay, replay
 from benchmarks.report import benchmark_parser, write_result
 from benchmarks.server_process import ServerProcess, started
-from block_manager.pool_layout import PoolConfig
-from helm_engine.clock import SystemClock
-from helm_engine.config import EngineConfig, HostTierConfig
+from helm_engine.config import HostTierConfig
 from helm_engine.controller.controller_config import ControllerConfig
-from helm_engine.engine_loader import load_engine
-from helm_engine.profiling import Measured, measure_profile
-from helm_engine.simulator.simulation import EngineModel, simulate
+from helm_engine.simulator.simulation import EngineModel, Result, simulate
+from model_executor.cost_profile import CostProfile, load_cost_profile
 
 REGIME_S, WARM_UP_S = 25.0, 10.0
 QUICK_REGIME_S, QUICK_WARM_UP_S = 5.0, 3.0
@@ -62,7 +59,7 @@ BEGINS_AT = 0.5
 CONTROLLERS = ("helm", "marginal")
 CONTROL_PERIOD_S = 1.0
 HOST_TIER = HostTierConfig(link_bytes_per_second=int(burst_requests.LINK_BYTES_PER_S))
-SERVER = {"OMP_NUM_THREADS": "1"}
+ENGINE = {"OMP_NUM_THREADS": "1"}
 """On two cores: the engine computes on one, everybody else has the other."""
 TOLERANCE = 1e-5
 """Of scores, which the split must not change."""
@@ -78,60 +75,60 @@ class Arm:
     controller: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is run."""
+def measure(model_dir: Path, rows: ParameterServer, out: Path, batches: int | None) -> CostProfile:
+    """What work costs here, through the link, as an operator finds out.
 
-    model_dir: Path
-    arms: Sequence[Arm]
-    profile: Path
-    """File of the measured profile."""
-
-    def flags(self, arm: Arm, rows: ParameterServer, decision_log: Path) -> list[str]:
-        """Of `helm-engine serve`."""
-        values = {
-            "pool-bytes": burst_requests.POOL_BYTES,
-            "emb-fraction": arm.emb_fraction,
-            "max-num-batched-tokens": burst_requests.SCHEDULER.max_num_batched_tokens,
-            "host-tier": rows.url,
-            "host-tier-timeout": 10,
-            "host-link-bytes-per-second": HOST_TIER.link_bytes_per_second,
-        }
-        if arm.controller is not None:
-            values |= {
-                "controller": arm.controller,
-                "control-period": CONTROL_PERIOD_S,
-                "slo-ms": burst_requests.SLO_MS,
-                "cost-profile": self.profile,
-                "decision-log": decision_log,
-            }
-        return [part for name, value in values.items() for part in (f"--{name}", str(value))]
-
-
-def measured_profile(rows: ParameterServer, batches: int | None) -> Measured:
-    """What work costs here, through the link; in this process, on one thread."""
-    config = EngineConfig(
-        burst_requests.served_model(),
-        pool=PoolConfig(burst_requests.POOL_BYTES),
-        scheduler=burst_requests.SCHEDULER,
-        host_tier=HOST_TIER,
+    Raises:
+        CalledProcessError: it could not be measured.
+    """
+    own = [] if batches is None else ["--batches", str(batches)]
+    command = [sys.executable, "-m", "helm_engine.entrypoints.cli", "profile", str(model_dir)]
+    subprocess.run(
+        [*command, *engine_flags(rows), "--out", str(out), "--log-level", "warning", *own],
+        env={**os.environ, **ENGINE},
+        check=True,
     )
-    torch.set_num_threads(1)
-    engine = load_engine(config, SystemClock(), rows.store(timeout_s=10.0))
-    own = {} if batches is None else {"batches": batches}
-    found = measure_profile(engine, device="this machine", source="benchmarks/real_burst.py", **own)
-    engine.runner.close()
-    return found
+    return load_cost_profile(out)
 
 
-def simulated(recording: Recording, measured: Measured, arm: Arm) -> Any:
+def engine_flags(rows: ParameterServer) -> list[str]:
+    """Those of every arm."""
+    values = {
+        "pool-bytes": burst_requests.POOL_BYTES,
+        "max-num-batched-tokens": burst_requests.SCHEDULER.max_num_batched_tokens,
+        "host-tier": rows.url,
+        "host-tier-timeout": 10,
+        "host-link-bytes-per-second": HOST_TIER.link_bytes_per_second,
+    }
+    return _flags(values)
+
+
+def arm_flags(arm: Arm, profile: Path, decision_log: Path) -> list[str]:
+    """An arm's own."""
+    values: dict[str, object] = {"emb-fraction": arm.emb_fraction}
+    if arm.controller is not None:
+        values |= {
+            "controller": arm.controller,
+            "control-period": CONTROL_PERIOD_S,
+            "slo-ms": burst_requests.SLO_MS,
+            "cost-profile": profile,
+            "decision-log": decision_log,
+        }
+    return _flags(values)
+
+
+def _flags(values: Mapping[str, object]) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def simulated(recording: Recording, profile: CostProfile, arm: Arm) -> Result:
     """The same requests in virtual time, without front and client."""
     control = ControllerConfig(
         name=arm.controller, period_s=CONTROL_PERIOD_S, slo_ms=burst_requests.SLO_MS
     )
     model = EngineModel(
         recording.trace.setting,
-        measured.profile,
+        profile,
         burst_requests.SCHEDULER,
         HOST_TIER.refill,
         control,
@@ -139,47 +136,53 @@ def simulated(recording: Recording, measured: Measured, arm: Arm) -> Any:
     return simulate(recording.trace, model, arm.emb_fraction)
 
 
-def best_statics(recordings: Sequence[Recording], measured: Measured) -> dict[float, float]:
+def best_statics(recordings: Sequence[Recording], profile: CostProfile) -> dict[float, float]:
     """P99 of static splits in the simulator, over all recordings, by share; the best first."""
     found = {}
     for share in SHARES:
         latencies = []
         for one in recordings:
-            result = simulated(one, measured, Arm("", share))
+            result = simulated(one, profile, Arm("", share))
             latencies.append(result.latencies_ms[one.trace.arrivals >= one.warm_up_s])
         found[share] = float(np.nanquantile(np.concatenate(latencies), 0.99))
     return dict(sorted(found.items(), key=lambda one: one[1]))
 
 
-def run_arm(
-    plan: Plan, arm: Arm, recording: Recording, rows: ParameterServer, pool: ProcessPoolExecutor
-) -> Run:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where arms are run."""
+
+    model_dir: Path
+    rows: ParameterServer
+    profile: Path
+    """File of the measured profile."""
+    client: ProcessPoolExecutor
+
+
+def run_arm(place: Place, arm: Arm, recording: Recording) -> Run:
     """One recording against one server."""
     with tempfile.TemporaryDirectory(prefix="helm-burst-") as directory:
         log = Path(directory) / "decisions.jsonl"
-        flags = plan.flags(arm, rows, log)
-        with started(plan.model_dir, *flags, environment=SERVER) as server:
-            outcome = _asked(server, recording, rows, pool)
+        flags = [*engine_flags(place.rows), *arm_flags(arm, place.profile, log)]
+        with started(place.model_dir, *flags, environment=ENGINE) as server:
+            outcome = _asked(server, recording, place)
             status = server.stop()
         decisions = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     boundary = boundary_of([json.loads(one) for one in decisions], outcome.began, arm.emb_fraction)
     return Run(arm.name, recording, outcome, boundary, status)
 
 
-def _asked(
-    server: ServerProcess, recording: Recording, rows: ParameterServer, pool: ProcessPoolExecutor
-) -> Outcome:
+def _asked(server: ServerProcess, recording: Recording, place: Place) -> Outcome:
     front = server.process.pid
     processes = {
         "front": [front],
         "core": core_pids(front),
-        "redis": [rows.redis_pid],
-        "link": [rows.link_pid],
+        "redis": [place.rows.redis_pid],
+        "link": [place.rows.link_pid],
     }
     arrivals = recording.trace.arrivals.tolist()
-    return pool.submit(
-        replay, Replay(server.address, arrivals, recording.bodies, processes)
-    ).result()
+    wanted = Replay(server.address, arrivals, recording.bodies, processes)
+    return place.client.submit(replay, wanted).result()
 
 
 def arms_of(statics: Sequence[float], controllers: Sequence[str]) -> list[Arm]:
@@ -222,30 +225,29 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory(prefix="helm-burst-") as directory,
         rows_behind_link(model_dir, *link) as rows,
-        ProcessPoolExecutor(1, spawn) as pool,
+        ProcessPoolExecutor(1, spawn) as client,
     ):
-        measured = measured_profile(rows, QUICK_BATCHES if quick else None)
-        profile = Path(directory) / "profile.json"
-        profile.write_text(json.dumps(asdict(measured.profile)), encoding="utf-8")
-        rough = best_statics(recordings, measured)
-        number = 1 if quick else STATICS
-        arms = arms_of(arguments.statics or sorted([*rough][:number]), controllers)
-        plan = Plan(model_dir, arms, profile)
+        place = Place(model_dir, rows, Path(directory) / "profile.json", client)
+        profile = measure(model_dir, rows, place.profile, QUICK_BATCHES if quick else None)
+        rough = best_statics(recordings, profile)
+        statics = arguments.statics or sorted([*rough][: 1 if quick else STATICS])
+        arms = arms_of(statics, controllers)
         repeats: list[dict[str, Run]] = []
-        for place, recording in enumerate(track(recordings, "repeats")):
-            order = [*arms[place % len(arms) :], *arms[: place % len(arms)]]
-            runs = {arm.name: run_arm(plan, arm, recording, rows, pool) for arm in order}
+        for number, recording in enumerate(track(recordings, "repeats")):
+            order = [*arms[number % len(arms) :], *arms[: number % len(arms)]]
+            runs = {arm.name: run_arm(place, arm, recording) for arm in order}
             repeats.append({arm.name: runs[arm.name] for arm in arms})
-    told = {arm.name: [simulated(one, measured, arm) for one in recordings] for arm in arms}
     if arguments.plot:
         draw(arguments.plot, repeats[0])
+    told = {arm.name: [simulated(one, profile, arm) for one in recordings] for arm in arms}
     found = {
         **summary(repeats, [arm.name for arm in arms if arm.controller is None], told),
         "simulated_p99_ms_of_statics": {f"{share:g}": p99 for share, p99 in rough.items()},
-        "profile": asdict(measured),
+        "profile": asdict(profile),
         "requests_sha256": [one.digest for one in recordings],
         "workload": burst_requests.describe(law),
-        "server": {"environment": SERVER, "control_period_s": CONTROL_PERIOD_S},
+        "environment": ENGINE,
+        "control_period_s": CONTROL_PERIOD_S,
     }
     write_result(arguments.json, found, arguments.seeds)
     problems = _problems(repeats)

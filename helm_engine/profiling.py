@@ -8,12 +8,15 @@ milliseconds of a `CostProfile` by least squares of relative errors.
 
 from __future__ import annotations
 
+import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from helm_engine.clock import SystemClock
 from helm_engine.engine_core import EngineCore
@@ -42,7 +45,7 @@ _OUTLIER = 0.15
 _ROUNDS = 20
 
 
-class _Step(NamedTuple):
+class MeasuredStep(NamedTuple):
     """A step that was carried out."""
 
     work: StepWork
@@ -73,7 +76,7 @@ class _Watched:
         self._last = work_of(step), output.timings_ms.load
         return output
 
-    def timed_step(self, core: EngineCore) -> _Step | None:
+    def timed_step(self, core: EngineCore) -> MeasuredStep | None:
         """One step of the core over this executor; None = there was nothing to carry out.
 
         Raises:
@@ -88,8 +91,8 @@ class _Watched:
                 raise request.error
         return self._taken(wall_ms)
 
-    def _taken(self, wall_ms: float) -> _Step | None:
-        return None if self._last is None else _Step(self._last[0], wall_ms, self._last[1])
+    def _taken(self, wall_ms: float) -> MeasuredStep | None:
+        return None if self._last is None else MeasuredStep(self._last[0], wall_ms, self._last[1])
 
 
 def measure_profile(
@@ -116,7 +119,7 @@ def measure_profile(
     scheduler = build_scheduler(served.config.scheduler, served.layout, rows, rules)
     watched = _Watched(engine.runner)
     core = EngineCore(scheduler, watched, SystemClock())
-    steps: list[_Step] = []
+    steps: list[MeasuredStep] = []
     draws = _Draws(engine, np.random.default_rng(seed))
     for number in range(batches):
         for place, body in enumerate(draws.batch()):
@@ -126,14 +129,27 @@ def measure_profile(
             core.add_request(engine.processor.process(parse_request(body), name, now).request)
         steps += _run(core, watched)
         time.sleep(_PAUSE_S)
+    if rules.recomputes_last_row:  # Candidates meet that row, and no other of the context.
+        steps = [one._replace(work=one.work._replace(candidate_pairs=0)) for one in steps]
     moves = _move_rows(core, watched)
-    profile, relative = _fit(steps[len(steps) // 10 :], moves, device, source)
+    profile, relative = fit_profile(steps[len(steps) // 10 :], moves, device, source)
     return Measured(profile, len(steps), np.quantile(relative, [0.5, 0.9]).tolist())
 
 
-def _run(core: EngineCore, watched: _Watched) -> list[_Step]:
+def describe_device(engine: LoadedEngine) -> str:
+    """The device that an engine computes on, and where its rows come from."""
+    device = torch.device(engine.served.config.executor.device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{torch.get_num_threads()} threads of {platform.machine()}"
+    tier = "mmap" if engine.served.config.host_tier.redis_address is None else "a Redis"
+    return f"{name}, rows from {tier}"
+
+
+def _run(core: EngineCore, watched: _Watched) -> list[MeasuredStep]:
     """Steps until all requests are answered."""
-    steps: list[_Step] = []
+    steps: list[MeasuredStep] = []
     while core.has_work:
         step = watched.timed_step(core)
         if step is not None:
@@ -141,7 +157,7 @@ def _run(core: EngineCore, watched: _Watched) -> list[_Step]:
     return steps
 
 
-def _move_rows(core: EngineCore, watched: _Watched) -> list[_Step]:
+def _move_rows(core: EngineCore, watched: _Watched) -> list[MeasuredStep]:
     """Steps that move rows off pages, with no request among them."""
     core.scheduler.refills.is_suspended = True
     boundary, found = core.scheduler.boundary, []
@@ -217,10 +233,19 @@ class _Draws:
         return {"user": user, **sample_request(self._model, items, times, candidates)}
 
 
-def _fit(
-    steps: list[_Step], moves: list[_Step], device: str, source: str
+def fit_profile(
+    steps: Sequence[MeasuredStep], moves: Sequence[MeasuredStep], device: str, source: str
 ) -> tuple[CostProfile, FloatArray]:
-    """The profile that explains steps best, and its relative error of each."""
+    """The profile that explains steps best, and its relative error of each, float64 [steps].
+
+    Loads are told apart from the rest: they have a timing of their own.
+
+    Args:
+        steps: with requests.
+        moves: without, which do nothing but move rows.
+        device: what the profile is of.
+        source: where its figures come from.
+    """
     work = np.array([step.work for step in steps], dtype=np.float64)
     column = dict(zip(StepWork._fields, work.T, strict=True))
     wall = np.array([step.wall_ms for step in steps])

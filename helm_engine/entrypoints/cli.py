@@ -18,6 +18,8 @@ from helm_engine.entrypoints.command import CommandError, HelmCommand, HelmGroup
 from helm_engine.entrypoints.engine_options import (
     ENGINE_CONTEXT,
 )
+from helm_engine.entrypoints.profile import EXAMPLES as PROFILE_EXAMPLES
+from helm_engine.entrypoints.profile import profile
 from helm_engine.entrypoints.publish_rows import EXAMPLES as PUBLISH_EXAMPLES
 from helm_engine.entrypoints.publish_rows import publish_rows
 from helm_engine.entrypoints.run_batch import run_batch
@@ -100,6 +102,11 @@ app.command(cls=HelmCommand, epilog=BENCH_EXAMPLES)(bench)
 
 
 app.command(cls=HelmCommand, epilog=BOUNDARY_EXAMPLES)(boundary)
+
+
+app.command(
+    cls=HelmCommand, context_settings=ENGINE_CONTEXT, epilog=PROFILE_EXAMPLES + _PRECEDENCE
+)(profile)
 
 
 app.command(cls=HelmCommand, epilog=SIMULATE_EXAMPLES)(simulate)
