@@ -159,11 +159,7 @@ def compare(real: Sequence[Result], simulated: Result) -> dict[str, Any]:
 
 
 def service(real: Sequence[Result], simulated: Result) -> dict[str, float]:
-    """Seconds in steps, simulated over real: by phase, and what the real engine spends between.
-
-    `busy` is from the beginning of a step to its end or, where requests wait, to the beginning of
-    the next one, so it has the scheduler's time too.
-    """
+    """Time in steps, simulated over real, apart for loads; and the real engine's share of time."""
     means = {name: float(np.mean([one.steps[name].sum() for one in real])) for name in PHASES}
     told = {name: float(simulated.steps[name].sum()) for name in PHASES}
     computed = means["prefill_ms"] + means["score_ms"]
