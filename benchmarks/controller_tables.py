@@ -8,29 +8,25 @@ A table stands between `<!-- table NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import json
-import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
+
+from benchmarks.tables import fill
+
 RESULT = REPOSITORY / "benchmarks" / "results" / "controller.json"
 PAGE = REPOSITORY / "docs" / "controller-results.md"
 
 Figures = dict[str, Any]
-_TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(page: str, figures: Figures) -> str:
-    """The page with the tables of these figures; a table without figures stays as it is."""
-
-    def table(match: re.Match[str]) -> str:
-        lines = [*TABLES[match[2]](figures)]
-        # The first two are the head.
-        body = "\n".join(lines) if len(lines) > 2 else "(not measured yet)"
-        return f"{match[1]}{body}\n{match[3]}"
-
-    return _TABLE.sub(table, page)
+    """The page with the tables of these figures; a table without figures says so."""
+    return fill(page, {name: table(figures) for name, table in TABLES.items()})
 
 
 def _told(found: Figures, digits: int = 2) -> str:

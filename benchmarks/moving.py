@@ -39,11 +39,10 @@ from benchmarks.movers import (
     make_scheduler,
     simulated_core,
 )
+from benchmarks.parameter_server import rows_behind_link
 from benchmarks.pool_history import PoolHistory, draw
-from benchmarks.redis_server import running_redis
 from benchmarks.report import benchmark_parser, write_result
 from benchmarks.returning_visits import model_dir, returning_visits
-from benchmarks.slow_link import slow_link
 from benchmarks.timed_requests import Outcome, offer
 from block_manager.pool_layout import PoolConfig
 from helm_engine.body_codec import decode_request
@@ -53,12 +52,7 @@ from helm_engine.engine_core import EngineCore
 from helm_engine.engine_loader import LoadedEngine, load_engine
 from helm_engine.engine_messages import AddRequest
 from helm_engine.simulator.open_loop import RealTimer, Timer, VirtualTimer
-from model_executor.checkpoint import load_config, map_tables, tables_version
 from model_executor.cost_profile import CostProfile
-from model_executor.redis_address import parse_redis_url
-from model_executor.redis_layout import tables_of
-from model_executor.redis_publish import publish_tables
-from model_executor.redis_store import RedisTables
 
 HISTORY = 640
 NUM_ITEMS = 200_000
@@ -321,17 +315,8 @@ def engine_behind_slow_link() -> Iterator[tuple[LoadedEngine, CountingStore]]:
     config = EngineConfig(
         directory, pool=POOL, scheduler=SchedulerConfig(max_num_batched_tokens=4096)
     )
-    model = load_config(directory)
-    published = tables_of(model, tables_version(directory))
-    with (
-        running_redis() as server,
-        slow_link(server.port, ROUND_TRIP_MS, LINK_BYTES_PER_S) as link,
-    ):
-        near = parse_redis_url(server.url)
-        tables = map_tables(directory, model)
-        publish_tables(near, published, tables, 30.0, lambda *_: lambda _: None)
-        far = parse_redis_url(f"redis://127.0.0.1:{link.port}/0")
-        store = CountingStore(RedisTables(far, published, timeout_s=10.0))
+    with rows_behind_link(directory, ROUND_TRIP_MS, LINK_BYTES_PER_S) as rows:
+        store = CountingStore(rows.store(timeout_s=10.0))
         yield load_engine(config, SystemClock(), store), store
 
 

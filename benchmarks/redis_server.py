@@ -59,6 +59,12 @@ class RedisServer:
         user = f":{self.password}@" if self.password else ""
         return f"redis://{user}127.0.0.1:{self.port}/0"
 
+    @property
+    def pid(self) -> int:
+        """Of the server that runs."""
+        assert self._process is not None, "it does not run"
+        return self._process.pid
+
     def client(self) -> redis.Redis:
         """A connection with patience, for looking and spoiling."""
         return redis.Redis(port=self.port, password=self.password, socket_timeout=_START_SECONDS)

@@ -57,6 +57,8 @@ def started(
     finally:
         process.kill()
         process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 @contextmanager

@@ -117,6 +117,11 @@ class SlowLink:
     """Where the server behind it is reached through it."""
     _process: subprocess.Popen[str]
 
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
     def cut(self) -> None:
         """Nothing passes from now on."""
         self._say("cut")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,7 +26,8 @@ class CostProfile:
     attention_pair_ms: float
     """Cost of one query-key pair over all layers."""
     candidate_ms: float
-    """Cost of scoring one candidate."""
+    """Cost of scoring one candidate; its pairs with the context too where `candidate_pair_ms` is
+    0."""
     retrieval_ms: float
     """Cost of searching the catalogue once."""
     row_miss_ms: float
@@ -34,6 +36,11 @@ class CostProfile:
     """Cost of loading any rows at all in a step, beside those of each."""
     row_copy_ms: float = 0.0
     """Cost of copying one row to another slot on the device."""
+    candidate_pair_ms: float = 0.0
+    """Cost of one pair of a candidate and a context token over all layers: candidates of a ranking
+    model read the whole context."""
+    request_ms: float = 0.0
+    """Cost of a request's part of a step, whatever is in it."""
 
     def __post_init__(self) -> None:
         """Checks that every cost is at least 0 and finite.
@@ -47,24 +54,59 @@ class CostProfile:
 
     def price(self, step: SchedulerOutput) -> StepTimings:
         """Predicted cost of a step, phase by phase."""
-        rows = pairs = candidates = retrievals = 0
-        for request in step.requests:
-            num_rows = request.num_rows
-            rows += num_rows
-            # Row i of a chunk attends to the rows before it and to itself.
-            pairs += num_rows * request.start + num_rows * (num_rows + 1) // 2
-            candidates += request.num_candidates
-            retrievals += isinstance(request.task, Retrieval)
-        missing = step.rows.num_missing
-        load = self.row_copy_ms * len(step.moves)
-        if missing:
-            load += self.round_trip_ms + self.row_miss_ms * missing
-        step_ms = self.step_ms if step.requests else 0.0
+        work = work_of(step)
+        load = self.row_copy_ms * work.moves
+        if work.missing:
+            load += self.round_trip_ms + self.row_miss_ms * work.missing
+        step_ms = self.step_ms + self.request_ms * work.requests if work.requests else 0.0
         return StepTimings(
             load=load,
-            prefill=step_ms + self.prefill_row_ms * rows + self.attention_pair_ms * pairs,
-            score=self.candidate_ms * candidates + self.retrieval_ms * retrievals,
+            prefill=step_ms + self.prefill_row_ms * work.rows + self.attention_pair_ms * work.pairs,
+            score=self.candidate_ms * work.candidates
+            + self.candidate_pair_ms * work.candidate_pairs
+            + self.retrieval_ms * work.retrievals,
         )
+
+
+class StepWork(NamedTuple):
+    """How much of each kind of work a step is."""
+
+    requests: int
+    rows: int
+    """Context tokens to compute."""
+    pairs: int
+    """Of these and the tokens that they attend to."""
+    candidates: int
+    candidate_pairs: int
+    """Of candidates and tokens of their contexts."""
+    retrievals: int
+    missing: int
+    """Distinct rows to load from the host tier."""
+    moves: int
+    """Rows to copy to other slots."""
+
+
+def work_of(step: SchedulerOutput) -> StepWork:
+    """Counts the work of a step."""
+    rows = pairs = candidates = candidate_pairs = retrievals = 0
+    for request in step.requests:
+        num_rows, num_candidates = request.num_rows, request.num_candidates
+        rows += num_rows
+        # Row i of a chunk attends to the rows before it and to itself.
+        pairs += num_rows * request.start + num_rows * (num_rows + 1) // 2
+        candidates += num_candidates
+        candidate_pairs += num_candidates * (request.start + num_rows)
+        retrievals += isinstance(request.task, Retrieval)
+    return StepWork(
+        len(step.requests),
+        rows,
+        pairs,
+        candidates,
+        candidate_pairs,
+        retrievals,
+        step.rows.num_missing,
+        len(step.moves),
+    )
 
 
 def load_cost_profile(path: Path) -> CostProfile:

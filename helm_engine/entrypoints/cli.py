@@ -20,6 +20,8 @@ from helm_engine.entrypoints.engine_options import (
 )
 from helm_engine.entrypoints.plan import EXAMPLES as PLAN_EXAMPLES
 from helm_engine.entrypoints.plan import plan
+from helm_engine.entrypoints.profile import EXAMPLES as PROFILE_EXAMPLES
+from helm_engine.entrypoints.profile import profile
 from helm_engine.entrypoints.publish_rows import EXAMPLES as PUBLISH_EXAMPLES
 from helm_engine.entrypoints.publish_rows import publish_rows
 from helm_engine.entrypoints.run_batch import run_batch
@@ -102,6 +104,11 @@ app.command(cls=HelmCommand, epilog=BENCH_EXAMPLES)(bench)
 
 
 app.command(cls=HelmCommand, epilog=BOUNDARY_EXAMPLES)(boundary)
+
+
+app.command(
+    cls=HelmCommand, context_settings=ENGINE_CONTEXT, epilog=PROFILE_EXAMPLES + _PRECEDENCE
+)(profile)
 
 
 app.command(cls=HelmCommand, epilog=SIMULATE_EXAMPLES)(simulate)

@@ -27,7 +27,7 @@ from helm_engine.exceptions import HelmError
 from helm_engine.page_values import page_value_estimator
 from helm_engine.request import Request
 from helm_engine.scheduler import build_scheduler
-from helm_engine.simulator.open_loop import VirtualTimer, offer
+from helm_engine.simulator.open_loop import Timer, VirtualTimer, offer
 from helm_engine.simulator.scaling import CoarseKV, CoarsePageValues, check_scale, sampled_rows
 from helm_engine.simulator.step_log import StepLog
 from helm_engine.simulator.trace import RULES, Trace
@@ -247,19 +247,42 @@ def simulate(
     if trace.scale != scale:
         raise ValueError(f"scale: the trace was drawn for {trace.scale}, the engine is at {scale}")
     engine = SimulatedEngine(model, emb_fraction, controller)
-    ledger = Ledger(len(trace))
-    requests = arrivals(trace)
-    moves = [(when, partial(engine.core.set_target, share)) for when, share in schedule]
-    offer(engine.core, VirtualTimer(engine.clock), requests, ledger, moves)
-    engine.core.check_nothing_leaked()
+    timer = VirtualTimer(engine.clock)
+    return run_trace(trace, engine.core, timer, engine.log, schedule)
+
+
+def run_trace(
+    trace: Trace,
+    core: EngineCore,
+    timer: Timer,
+    log: StepLog,
+    schedule: Sequence[Split] = (),
+) -> Result:
+    """Runs all requests of a trace open-loop through an idle engine, a simulated or a real one.
+
+    Args:
+        trace: of the engine's scale; it is not changed.
+        core: its executor is the log.
+        timer: the clock that the core reads.
+        log: empty.
+        schedule: when the boundary is asked to go where from then on.
+
+    Raises:
+        ValueError: a share is not within 0..1.
+    """
+    ledger, scale, scheduler = Ledger(len(trace)), trace.scale, core.scheduler
+    moves = [(when, partial(core.set_target, share)) for when, share in schedule]
+    begin = timer.now()
+    offer(core, timer, arrivals(trace), ledger, moves)
+    core.check_nothing_leaked()
     return Result(
         trace=trace,
         latencies_ms=ledger.latencies_ms,
         cached_tokens=ledger.cached,
         rows_requested=ledger.requested * scale,
         rows_resident=ledger.resident * scale,
-        service_ms=np.array([engine.log.service_ms[str(place)] for place in range(len(trace))]),
-        steps=engine.log.columns(),
-        num_pages=engine.scheduler.pool.num_pages * scale,
-        num_moved_pages=engine.scheduler.boundary.num_moved_pages * scale,
+        service_ms=np.array([log.service_ms[str(place)] for place in range(len(trace))]),
+        steps=log.columns(begin),
+        num_pages=scheduler.pool.num_pages * scale,
+        num_moved_pages=scheduler.boundary.num_moved_pages * scale,
     )

@@ -18,7 +18,7 @@ COLUMNS = (
     "load_ms", "prefill_ms", "score_ms", "refilled_rows", "moved_rows", "emb_pages",
     "target_emb_pages",
 )  # fmt: skip
-"""Seconds of the engine's clock; tokens are those computed; rows are the distinct ones that the
+"""Seconds since the start; tokens are those computed; rows are the distinct ones that the
 step reads; refilled rows are those of a refill that it found done; pages are as they were while it
 ran."""
 
@@ -80,12 +80,14 @@ class StepLog:
         """Steps so far."""
         return len(self._lines)
 
-    def columns(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Each quantity over all steps, float64 [steps]."""
+    def columns(self, begin: float = 0.0) -> dict[str, npt.NDArray[np.float64]]:
+        """Each quantity over all steps, float64 [steps]; seconds since `begin` on the clock."""
         lines = np.array(self._lines, dtype=np.float64).reshape(-1, len(COLUMNS))
         columns = dict(zip(COLUMNS, lines.T, strict=True))
         for name in _SCALED:
             columns[name] *= self._scale
+        for name in ("began_s", "ended_s"):
+            columns[name] -= begin
         return columns
 
 

@@ -90,6 +90,19 @@ def test_every_candidate_of_every_request_is_paid_for() -> None:
     assert make_profile().price(step).score == pytest.approx(7 * 0.002)
 
 
+def test_a_candidate_is_paired_with_the_whole_context() -> None:
+    profile = make_profile(candidate_pair_ms=0.001)
+    step = step_of(request("a", 6, 4, candidates(5)), request("b", 0, 2))
+    assert profile.price(step).score == pytest.approx(5 * 0.002 + 5 * 10 * 0.001)
+
+
+def test_each_request_of_a_step_is_paid_for() -> None:
+    profile = make_profile(request_ms=0.25)
+    price = profile.price(step_of(request("a", 0, 1), request("b", 0, 1)))
+    assert price.prefill == pytest.approx(0.5 + 2 * 0.25 + 2 * 0.1 + 2 * 0.01)
+    assert profile.price(step_of()).prefill == 0.0
+
+
 @pytest.mark.parametrize("value", [-0.001, -1, float("nan")])
 @pytest.mark.parametrize("field", FIGURES)
 def test_cost_below_zero_is_refused_by_name(field: str, value: float) -> None:
