@@ -194,14 +194,14 @@ def _learn_from_teacher(
     directory: Path,
     say: Callable[[str], object],
 ) -> None:
-    """Half of the episodes the teacher drives, the other half who has learned from the first."""
+    """A third of the episodes the teacher drives, the others who has learned from that third."""
     path = directory / "imitation.safetensors"
     seeds = [config.seed * 1_000_000 + number for number in range(config.teacher_episodes)]
-    half = (len(seeds) + 1) // 2
+    first = -(-len(seeds) // 3)
     examples: Examples | None = None
-    for some, pupil, driver in ((seeds[:half], None, "teacher"), (seeds[half:], path, "pupil")):
+    for some, pupil, driver in ((seeds[:first], None, "teacher"), (seeds[first:], path, "pupil")):
         if not some:
-            continue
+            continue  # Of a single episode.
         say(f"{len(some)} episodes, driven by the {driver}")
         more = gather_examples(some, _drawer(config), os.cpu_count() or 1, pupil)
         examples = more if examples is None else examples.joined(more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -55,7 +56,7 @@ def test_costs_are_the_slowdown_of_then_and_the_mean_of_all() -> None:
     ],
 )
 def test_the_teacher_gives_the_pages_to_the_tenant_whose_misses_cost_anything(
-    prices: dict[str, float], way: float
+    prices: dict[str, Any], way: float
 ) -> None:
     made = episode()
     model = replace(made.model, profile=replace(PROFILE, **prices))
