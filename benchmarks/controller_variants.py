@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-
-import msgspec
 
 from block_manager.refill import RefillConfig
 from helm_engine.controller.allocation_controller import (
     AdaptiveController,
     AllocationController,
-    Decision,
 )
 from helm_engine.controller.base_policy import BasePolicy
 from helm_engine.controller.controller_config import ControllerConfig
-from helm_engine.controller.observation import Observation
-from helm_engine.controller.registry import make_controller
 from helm_engine.simulator.hindsight import Case
 from helm_engine.simulator.simulation import Result
 
@@ -28,54 +23,6 @@ QUICK_SLEWS = (0.012,)
 SLEW_CONTROLLERS = ("helm", "marginal")
 
 
-class WithoutWorth:
-    """A controller that is not told what a page is worth."""
-
-    def __init__(self, controller: AllocationController) -> None:
-        self._controller = controller
-
-    @property
-    def stops_refill(self) -> bool:
-        """See `AllocationController`."""
-        return self._controller.stops_refill
-
-    @property
-    def latest(self) -> Decision | None:
-        """See `AllocationController`."""
-        return self._controller.latest
-
-    @property
-    def num_queries(self) -> int:
-        """See `AllocationController`."""
-        return self._controller.num_queries
-
-    @property
-    def num_holds(self) -> int:
-        """See `AllocationController`."""
-        return self._controller.num_holds
-
-    @property
-    def num_recoveries(self) -> int:
-        """See `AllocationController`."""
-        return self._controller.num_recoveries
-
-    def decide(
-        self, now: float, committed: float, observe: Callable[[float], Observation]
-    ) -> float:
-        """See `AllocationController.decide`; the worth of pages is 0."""
-
-        def without_worth(when: float) -> Observation:
-            return msgspec.structs.replace(
-                observe(when),
-                kv_page_gain_ms=0.0,
-                kv_page_loss_ms=0.0,
-                emb_page_gain_ms=0.0,
-                emb_page_loss_ms=0.0,
-            )
-
-        return self._controller.decide(now, committed, without_worth)
-
-
 def random_net(seed: int, config: ControllerConfig) -> AllocationController:
     """`helm` with a network that has learned nothing."""
     return AdaptiveController(BasePolicy.random(seed), config)
@@ -85,8 +32,6 @@ def ablations(case: Case, scale: int) -> Iterator[tuple[str, Result]]:
     """`helm`, with other layers, and without one thing after the other."""
     for name in ("helm", *LAYERED):
         yield name, case.run_controller(name, scale)
-    blind = WithoutWorth(make_controller("helm", case.config))
-    yield "helm, worth of pages zeroed", case.run_controller(blind, scale)
     narrow = case.changed(config=replace(case.config, least_share=0.3, largest_share=0.7))
     yield "helm, within 0.3 and 0.7", narrow.run_controller("helm", scale)
     # The rates are what the throttle goes by; what is read in one go stays.
