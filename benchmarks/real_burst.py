@@ -44,10 +44,12 @@ from benchmarks.report import benchmark_parser, write_result
 from benchmarks.server_process import ServerProcess, started
 from helm_engine.config import HostTierConfig
 from helm_engine.controller.controller_config import ControllerConfig
+from helm_engine.simulator.hindsight import p99_ms
 from helm_engine.simulator.simulation import EngineModel, Result, simulate
 from model_executor.cost_profile import CostProfile, load_cost_profile
 
 REGIME_S, WARM_UP_S = 25.0, 10.0
+CONTROL_PERIOD_S = ControllerConfig().period_s
 QUICK_REGIME_S, QUICK_WARM_UP_S = 5.0, 3.0
 QUICK_BATCHES = 60
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -57,7 +59,6 @@ STATICS = 2
 BEGINS_AT = 0.5
 """Where controllers find the split."""
 CONTROLLERS = ("helm", "marginal")
-CONTROL_PERIOD_S = 1.0
 HOST_TIER = HostTierConfig(link_bytes_per_second=int(burst_requests.LINK_BYTES_PER_S))
 ENGINE = {"OMP_NUM_THREADS": "1"}
 """On two cores: the engine computes on one, everybody else has the other."""
@@ -144,7 +145,7 @@ def best_statics(recordings: Sequence[Recording], profile: CostProfile) -> dict[
         for one in recordings:
             result = simulated(one, profile, Arm("", share))
             latencies.append(result.latencies_ms[one.trace.arrivals >= one.warm_up_s])
-        found[share] = float(np.nanquantile(np.concatenate(latencies), 0.99))
+        found[share] = p99_ms(np.concatenate(latencies))
     return dict(sorted(found.items(), key=lambda one: one[1]))
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from benchmarks.burst_requests import Recording
 from benchmarks.recorded_client import Outcome
 from helm_engine.simulator.figures import figures
+from helm_engine.simulator.hindsight import p99_ms
 from helm_engine.simulator.simulation import Result
 
 FloatArray = npt.NDArray[np.float64]
@@ -57,10 +58,9 @@ class Run:
 
     @cached_property
     def latencies_ms(self) -> FloatArray:
-        """Of those that were answered, float64 [n]."""
+        """Of the counted requests, NaN where there was no answer, float64 [n]."""
         mine: FloatArray = np.array(self.outcome.latencies_ms)[self.counted]
-        answered: FloatArray = mine[~np.isnan(mine)]
-        return answered
+        return mine
 
     @property
     def failed(self) -> int:
@@ -86,14 +86,9 @@ class Run:
         found, begin = [], self.recording.warm_up_s
         for end in trace.workload.ends:
             mine = latencies[(trace.arrivals >= begin) & (trace.arrivals < end)]
-            found.append(p99(mine[~np.isnan(mine)]))
+            found.append(p99_ms(mine) if len(mine) else float("nan"))
             begin = end
         return found
-
-
-def p99(latencies_ms: FloatArray) -> float:
-    """NaN without any."""
-    return float(np.quantile(latencies_ms, 0.99)) if len(latencies_ms) else float("nan")
 
 
 def boundary_of(
@@ -173,7 +168,7 @@ def _pooled_ratio(
 
 
 def _pooled_p99(repeats: Sequence[Mapping[str, Run]], arm: str) -> float:
-    return p99(np.concatenate([repeat[arm].latencies_ms for repeat in repeats]))
+    return p99_ms(np.concatenate([repeat[arm].latencies_ms for repeat in repeats]))
 
 
 def cell(
@@ -185,9 +180,9 @@ def cell(
     told = [figures(one) for one in simulated]
     return {
         "arm": arm,
-        "p50_ms": float(np.median(pooled)),
-        "p99_ms": p99(pooled),
-        "p99_ms_of_each_repeat": [p99(run.latencies_ms) for run in runs],
+        "p50_ms": float(np.nanmedian(pooled)),
+        "p99_ms": p99_ms(pooled),
+        "p99_ms_of_each_repeat": [p99_ms(run.latencies_ms) for run in runs],
         "slo_share": float(np.mean([run.slo_share for run in runs])),
         "kv_hit_share": _mean(run.hit_share("cached_tokens", "history_tokens") for run in runs),
         "row_hit_share": _mean(run.hit_share("rows_resident", "rows_requested") for run in runs),
@@ -212,7 +207,7 @@ def _of_run(place: int, run: Run) -> dict[str, Any]:
         "repeat": place,
         "arm": run.arm,
         "void": run.is_void,
-        "p99_ms": p99(run.latencies_ms),
+        "p99_ms": p99_ms(run.latencies_ms),
         "p99_ms_of_each_regime": run.regime_p99_ms(),
         "slo_share": run.slo_share,
         "failed_requests": run.failed,

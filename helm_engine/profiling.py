@@ -254,14 +254,17 @@ def fit_profile(
     # What a step without missing rows takes to prepare is a part of every step.
     idle = float(np.median(load[~loads])) if (~loads).any() else 0.0
     waited = np.maximum(load - idle, 0.0) * loads
-    round_trip_ms, row_miss_ms = (
+    # The idle part stays in: errors are relative, and what is left of a short wait without it may
+    # be as good as nothing, which would then count for more than all others.
+    begun_ms, row_miss_ms = (
         _least_squares(
             np.stack([np.ones(int(loads.sum())), column["missing"][loads]], axis=1),
-            np.maximum(waited[loads], 1e-6),
+            np.maximum(load[loads], 1e-6),
         )
         if loads.any()
-        else (0.0, 0.0)
+        else (idle, 0.0)
     )
+    round_trip_ms = max(0.0, begun_ms - idle)
     names = ("requests", "rows", "pairs", "candidates", "candidate_pairs", "retrievals")
     terms = np.stack([np.ones(len(wall)), *(column[name] for name in names)], axis=1)
     computed = np.maximum(wall - waited, 1e-6)

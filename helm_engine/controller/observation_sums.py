@@ -1,8 +1,8 @@
 """What is kept of one engine's arrivals, ended requests and steps, and an observation made of it.
 
 All of it is one float64 array. A query of the policy finds nothing of its own in the processor's
-caches, since a second of other work lies between two of them: what counts is how many objects it
-touches. So one kernel takes over the scheduler's totals and says every field.
+caches, since half a second of other work lies between two of them: what counts is how many objects
+it touches. So one kernel takes over the scheduler's totals and says every field.
 """
 
 from __future__ import annotations

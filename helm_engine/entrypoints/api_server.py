@@ -58,11 +58,6 @@ class ApiFront:
             ValueError: a key is malformed, or traces are wanted and cannot be made.
         """
         self._announce = announce
-        recorder = self._recorder = (
-            None
-            if server.record_trace is None
-            else TraceRecorder(server.record_trace, server.record_trace_max_bytes)
-        )
         self._supervisor = EngineSupervisor(
             config,
             lambda engine: EngineClient(engine, server.hang_timeout),
@@ -74,14 +69,22 @@ class ApiFront:
         endpoint = server.otlp_traces_endpoint
         tracer = Tracer.exporting_to(endpoint) if endpoint else Tracer()
         keys = ApiKeys(KeySet(server.api_keys), KeySet(server.admin_keys))
+        # Last, since it makes a file that somebody has to end.
+        recorder = self._recorder = (
+            None
+            if server.record_trace is None
+            else TraceRecorder(server.record_trace, server.record_trace_max_bytes)
+        )
 
         @asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             yield
-            self.ended_in_order = await self._supervisor.close()
-            if recorder is not None:
-                await asyncio.to_thread(recorder.close)
-            await asyncio.to_thread(tracer.close)
+            try:
+                self.ended_in_order = await self._supervisor.close()
+            finally:
+                if recorder is not None:
+                    await asyncio.to_thread(recorder.close)
+                await asyncio.to_thread(tracer.close)
 
         self.app = FastAPI(title="HELM Engine", version=__version__, lifespan=lifespan)
         recommender = AsyncRecommender(self._supervisor, recorder)
@@ -110,9 +113,14 @@ class ApiFront:
 
         Raises what `EngineSupervisor.start` raises, and ValueError if the trace cannot be written.
         """
-        served = await self._supervisor.start()
-        if self._recorder is not None:
-            self._recorder.begin(served)
+        try:
+            served = await self._supervisor.start()
+            if self._recorder is not None:
+                self._recorder.begin(served)
+        except BaseException:
+            if self._recorder is not None:
+                self._recorder.close()
+            raise
         gc.collect()
         gc.freeze()
         self._announce(served)

@@ -158,8 +158,9 @@ class EngineOptions:
         typer.Option(
             metavar="NAME",
             rich_help_panel="Boundary controller",
-            help="What moves the boundary: static:X, threshold, hill_climb, marginal, kv_only, "
-            "emb_only or ms_per_byte; default: nothing.",
+            help="What moves the boundary: helm, static:X, threshold, hill_climb, marginal, "
+            "kv_only, emb_only or ms_per_byte; +residual and +recovery may follow. "
+            "Default: nothing.",
         ),
     ] = _CONTROLLER.name
     control_period: Annotated[

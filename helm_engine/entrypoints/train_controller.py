@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from helm_engine.controller.controller_config import ControllerConfig
 from helm_engine.entrypoints.command import CommandError
+
+_PERIOD_S = ControllerConfig().period_s
 
 EXAMPLES = """
 \b
@@ -44,7 +47,7 @@ def train_controller(
     ] = 6,
     control_period: Annotated[
         float, typer.Option(help="Seconds from one query of the policy to the next, 0.25 to 5.")
-    ] = 0.5,
+    ] = _PERIOD_S,
 ) -> None:
     """Train the allocation controller's base policy in virtual time."""
     if scale not in (16, 32, 64):
@@ -55,8 +58,6 @@ def train_controller(
         raise CommandError(
             f'{error.name} is not installed: pip install "helm-engine[train]"'
         ) from error
-    from helm_engine.controller.controller_config import ControllerConfig
-
     try:
         config = TrainingConfig(
             seed=seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections import OrderedDict
 from typing import NamedTuple
@@ -13,7 +12,12 @@ import numpy.typing as npt
 
 from block_manager.block_hash import BLOCK_HASH_BYTES, NO_USER_TAG
 from helm_engine.request import Request
-from helm_engine.request_trace.file_format import TraceHeader, TraceRecord
+from helm_engine.request_trace.file_format import (
+    MAX_MILLISECONDS,
+    MAX_PRIORITY,
+    TraceHeader,
+    TraceRecord,
+)
 from helm_engine.request_trace.siphash import SipKey, hashed_ids
 from helm_engine.served_model import ServedModel
 from helm_engine.version import __version__
@@ -25,7 +29,7 @@ Int64Array = npt.NDArray[np.int64]
 
 _MAX_KEPT_BLOCKS = 1 << 22
 """Hashed ids of blocks that are kept to find what contexts share: 32 MiB."""
-_MIN_KEPT_BLOCKS = 16
+_MIN_KEPT_BLOCKS = 64
 """A user counts as so many at least."""
 
 
@@ -110,6 +114,8 @@ class TraceEncoder:
         blocks = self._blocks(request)
         base, shared = self._shared(user, blocks)
         deadline = (request.deadline - request.arrival) * 1e3
+        # What a client may ask for goes further than what the file can say.
+        is_limit = deadline <= MAX_MILLISECONDS
         return TraceRecord(
             at=taken.at,
             user=user,
@@ -119,10 +125,10 @@ class TraceEncoder:
             blocks=_packed(blocks[shared:]),
             rows=_packed(self._rows(tokens.rows[shared * self._block_tokens :])),
             candidates=_packed(self._rows(tokens.candidate_rows)),
-            deadline_ms=max(0.0, deadline) if math.isfinite(deadline) else None,
-            priority=request.priority,
+            deadline_ms=max(0.0, deadline) if is_limit else None,
+            priority=min(max(request.priority, -MAX_PRIORITY), MAX_PRIORITY),
             status=taken.status,
-            latency_ms=max(0.0, taken.latency_ms),
+            latency_ms=min(max(0.0, taken.latency_ms), MAX_MILLISECONDS),
             cached_tokens=request.cached_tokens,
             rows_requested=request.rows_requested,
             rows_resident=request.rows_resident,

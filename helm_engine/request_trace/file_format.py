@@ -32,7 +32,9 @@ ID_BYTES = 8
 _Count = Annotated[int, Meta(ge=0, le=1 << 24)]
 _Size = Annotated[int, Meta(ge=1, le=1 << 24)]
 _Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
-_Milliseconds = Annotated[float, Meta(ge=0.0, le=1e12)]
+MAX_MILLISECONDS = 1e12
+MAX_PRIORITY = (1 << 31) - 1
+_Milliseconds = Annotated[float, Meta(ge=0.0, le=MAX_MILLISECONDS)]
 
 
 class TraceHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,7 +96,7 @@ class TraceRecord(msgspec.Struct, frozen=True, array_like=True, tag="request"):
     """Hashed rows of the candidates as the engine scores them; none = the catalogue is searched."""
     deadline_ms: _Milliseconds | None
     """After it came."""
-    priority: Annotated[int, Meta(ge=-(1 << 31), lt=1 << 31)]
+    priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
     status: Annotated[int, Meta(ge=100, le=599)]
     """Of the answer; 499 = the client hung up."""
     latency_ms: _Milliseconds
@@ -196,7 +198,8 @@ def _frames(path: Path, file: BufferedReader) -> Iterator[_Frame]:
                 f"{MAX_FRAME_BYTES}"
             )
         payload = file.read(length)
-        if len(head) < FRAME_BYTES or len(payload) < length:
+        # After a power cut a file may end in zeros, which would be an empty frame.
+        if len(head) < FRAME_BYTES or len(payload) < length or not length:
             yield _Frame(at, None)
             return
         if zlib.crc32(payload) != check:

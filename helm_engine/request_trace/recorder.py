@@ -41,6 +41,8 @@ _REQUEST_TOKENS = 64
 """A request counts as so many more."""
 _BATCH_S = 0.05
 """Requests that come within so long are written together."""
+_LONGEST_END_S = 10.0
+"""That a server which stops waits for the disk."""
 _LAST_BYTES = 256
 """Kept free for the frames that end a file."""
 
@@ -83,7 +85,7 @@ class TraceRecorder:
         self._served: ServedModel | None = None
         self._header: TraceHeader | None = None
         self._began = 0.0
-        self._is_open = False
+        self._is_open = self._is_closed = False
         self.num_recorded = 0
         """Requests in the file."""
         self._num_refused = 0
@@ -107,13 +109,14 @@ class TraceRecorder:
         Raises:
             ValueError: the header cannot be written.
         """
-        self._served, self._header = served, header_of(served)
+        self._header = header_of(served)
         self._began = self._clock.now()
         self._encoder = TraceEncoder(self._header.block_tokens)
         try:
             self._append(MAGIC + framed(msgspec.msgpack.encode(self._header)))
         except OSError as error:
             raise ValueError(f"record_trace: {self._path}: {error.strerror}") from error
+        self._served = served
         self._is_open = True
         self._thread.start()
 
@@ -149,7 +152,11 @@ class TraceRecorder:
     def _is_same_engine(self, served: ServedModel) -> bool:
         """Whether the header still holds; after a reload it may not."""
         if served is not self._served:
-            if header_of(served) != self._header:
+            try:
+                holds = header_of(served) == self._header
+            except ValueError:  # Its cost profile is gone, say: no reason to fail a request.
+                holds = False
+            if not holds:
                 logger.warning("%s: a model of other pages or tables is served", self._path)
                 self._is_open = False
                 self._queue.put(TraceEnd("another engine"))
@@ -158,14 +165,23 @@ class TraceRecorder:
         return True
 
     def close(self) -> None:
-        """Writes what waits, and ends the file; may take as long as the disk does."""
+        """Writes what waits, and ends the file; waits for a slow disk, but not for ever.
+
+        A file in which nothing was begun is removed: it would be in the way of the next start.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
         if self._served is None:
             os.close(self._descriptor)
+            self._path.unlink(missing_ok=True)
             return
         self._is_open = False
         self._queue.put(TraceEnd("stopped"))
-        self._thread.join()
-        if self.num_lost:
+        self._thread.join(_LONGEST_END_S)
+        if self._thread.is_alive():
+            logger.warning("%s: the disk does not answer, the end is not written", self._path)
+        elif self.num_lost:
             logger.warning("%s: %d requests were not recorded", self._path, self.num_lost)
 
     # ------------------------------------------------------------ on the thread
@@ -191,26 +207,36 @@ class TraceRecorder:
         if isinstance(batch[0], Taken):
             time.sleep(_BATCH_S)
         batch += self._waiting()
-        frames, requests, end = b"", 0, None
+        coming = sum(isinstance(one, Taken) for one in batch)
+        try:
+            requests, end = self._write(batch)
+        except Exception:
+            self._num_unwritten += coming
+            raise
+        self._num_unwritten += coming - requests
+        self.num_recorded += requests
+        self._tokens_done += sum(_weight(one.request) for one in batch if isinstance(one, Taken))
+        return end is None
+
+    def _write(self, batch: list[Taken | TraceEnd]) -> tuple[int, TraceEnd | None]:
+        """How many requests of a batch were written before the file's end, and that end."""
+        frames: list[bytes] = []
+        num_bytes, end = self._num_bytes, None
         for one in batch:
             if isinstance(one, TraceEnd):
                 end = one
                 break
             frame = framed(self._encoder.encode(one))
-            if self._num_bytes + len(frames) + len(frame) > self._max_bytes - _LAST_BYTES:
+            num_bytes += len(frame)
+            if num_bytes > self._max_bytes - _LAST_BYTES:
                 end = TraceEnd("size")
                 logger.warning("%s: has the size that it may have", self._path)
                 break
-            frames += frame
-            requests += 1
-        coming = sum(isinstance(one, Taken) for one in batch)
-        # Should the disk be full, all of them are.
-        self._num_unwritten += coming
-        self._append(frames + self._gap() + (b"" if end is None else _frame(end)))
-        self._num_unwritten -= requests
-        self.num_recorded += requests
-        self._tokens_done += sum(_weight(one.request) for one in batch if isinstance(one, Taken))
-        return end is None
+            frames.append(frame)
+        requests = len(frames)
+        frames += [self._gap(), b"" if end is None else _frame(end)]
+        self._append(b"".join(frames))
+        return requests, end
 
     def _waiting(self) -> list[Taken | TraceEnd]:
         """All that is in the queue."""

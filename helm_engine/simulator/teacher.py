@@ -17,7 +17,7 @@ what is seen.
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import reduce
 from multiprocessing import get_context
 from pathlib import Path
@@ -76,9 +76,10 @@ def costs_over_time(episode: Episode) -> FloatArray:
     """
     model = episode.model
     profile = model.profile
-    prices = ("step_ms", "prefill_row_ms", "attention_pair_ms", "candidate_ms", "row_miss_ms",
-              "round_trip_ms", "row_copy_ms")  # fmt: skip
-    fast = replace(profile, **{name: getattr(profile, name) / _HASTE for name in prices})
+    prices = {one.name: getattr(profile, one.name) for one in fields(profile)}
+    fast = replace(
+        profile, **{name: ms / _HASTE for name, ms in prices.items() if name.endswith("_ms")}
+    )
     still = replace(model, profile=fast, controller=ControllerConfig())
     seconds = int(episode.trace.seconds) + 1
     found = np.empty((seconds, len(SHARES)))

@@ -65,8 +65,8 @@ class TrainingConfig:
     width: int = 64
     """Of both hidden layers."""
     watches_worth: bool = False
-    """Whether the network is told what a page is worth. It does better without
-    (`docs/controller-results.md`), and then an engine needs no cost profile to use it."""
+    """Whether the network is told what a page is worth; an engine needs no cost profile to use one
+    that is not."""
     reward: Reward = field(default_factory=Reward)
     control: ControllerConfig = field(default_factory=ControllerConfig)
 

@@ -85,7 +85,7 @@ def test_a_controller_is_compared_with_the_best_split_of_all_repeats(recording: 
     assert ratio([], "helm", statics) is None
 
 
-def test_a_request_that_failed_breaks_the_slo_and_has_no_latency(recording: Recording) -> None:
+def test_a_request_that_failed_breaks_the_slo_and_is_slower_than_all(recording: Recording) -> None:
     run = run_of(recording, "helm", burst_requests.SLO_MS - 1.0)
     assert run.slo_share == 1.0
     last = len(recording.trace) - 1
@@ -95,7 +95,10 @@ def test_a_request_that_failed_breaks_the_slo_and_has_no_latency(recording: Reco
     failing = replace(run)
     assert failing.failed == 1
     counted = int(failing.counted.sum())
-    assert len(failing.latencies_ms) == counted - 1
+    assert np.isnan(failing.latencies_ms).sum() == 1
+    assert ratio(
+        [{"helm": failing, "static:0.5": run_of(recording, "s", 1.0)}], "helm", ["static:0.5"]
+    )
     assert failing.slo_share == pytest.approx(1.0 - 1.0 / counted)
     assert max_score_diff([{"a": run_of(recording, "a", 1.0), "b": failing}]) == 0.0
 

@@ -37,7 +37,7 @@ def slower(factor: float) -> dict[str, float]:
     }
 
 
-BOUNDS = ControllerConfig()
+BOUNDS = ControllerConfig(period_s=1.0)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,17 @@ def test_steps_that_something_else_disturbed_count_little() -> None:
     assert np.median(errors) < 0.03
 
 
+def test_loads_that_are_hardly_longer_than_none_do_not_outweigh_the_others() -> None:
+    quick = replace(KNOWN, round_trip_ms=0.01, row_miss_ms=0.001)
+    numbers = np.random.default_rng(6)
+    noisy = []
+    for one in steps_of(quick, 300, 7):
+        late = abs(float(numbers.normal(0.0, 0.02)))
+        noisy.append(one._replace(wall_ms=one.wall_ms + late, load_ms=one.load_ms + late))
+    found, _ = fit_profile(noisy, [], "known", "a test")
+    assert found.row_miss_ms == pytest.approx(quick.row_miss_ms, rel=0.15)
+
+
 def test_what_costs_nothing_is_never_below_nothing() -> None:
     free = replace(KNOWN, attention_pair_ms=0.0, request_ms=0.0, row_miss_ms=0.0)
     numbers = np.random.default_rng(4)

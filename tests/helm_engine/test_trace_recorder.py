@@ -142,3 +142,36 @@ def test_a_file_that_is_there_is_left_alone(path: Path) -> None:
     assert path.read_text() == "mine"
     with pytest.raises(ValueError, match=r"record_trace: .*Not a directory"):
         TraceRecorder(path / "none", 1 << 20)
+
+
+def test_a_start_that_failed_leaves_no_file_in_the_way(
+    path: Path, served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TraceRecorder(path, 1 << 20, VirtualClock()).close()
+    assert not path.exists()
+    recorder = TraceRecorder(path, 1 << 20, VirtualClock())
+
+    def is_full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", is_full)
+        with pytest.raises(ValueError, match=r"record_trace: .*No space"):
+            recorder.begin(served)
+    recorder.close()
+    recorder.close()
+    assert not path.exists()
+
+
+def test_what_clients_may_ask_for_at_most_can_be_read_back(path: Path, served: ServedModel) -> None:
+    recorder = TraceRecorder(path, 1 << 20, VirtualClock())
+    recorder.begin(served)
+    for priority, deadline in ((2**53 - 1, 1e300), (1 - 2**53, 1e10)):
+        request = TRACE.request(0)
+        request.priority, request.deadline = priority, deadline
+        asyncio.run(recorder.follow(answered(request), request, served))
+    recorder.close()
+    records = read_trace_file(path).records
+    assert [one.priority for one in records] == [2**31 - 1, 1 - 2**31]
+    assert [one.deadline_ms for one in records] == [None, None]
+    assert recorder.num_lost == 0
