@@ -33,7 +33,7 @@ from tests.model_executor.golden_checkpoints import (
 Tensors = dict[str, Any]
 
 
-def refused(
+def assert_refused(
     dialect: str,
     case: str,
     source: Path,
@@ -113,7 +113,7 @@ def test_research_tensors(tmp_path: Path, change: Callable[[Tensors], None], mes
     state = research_state()
     change(state)
     source = write_research(tmp_path, state)
-    refused("research", "research_encoder", source, tmp_path, message)
+    assert_refused("research", "research_encoder", source, tmp_path, message)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_research_tensors(tmp_path: Path, change: Callable[[Tensors], None], mes
 )
 def test_research_fields(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     source = write_research(tmp_path)
-    refused("research", "research_encoder", source, tmp_path, message, fields)
+    assert_refused("research", "research_encoder", source, tmp_path, message, fields)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_config_file(tmp_path: Path, content: str | None, message: str) -> None:
 def test_a_file_without_a_state_dict(tmp_path: Path) -> None:
     path = tmp_path / "other.pth"
     torch.save({"epoch": 3}, path)
-    refused("research", "research_encoder", path, tmp_path, "no dictionary of tensors under")
+    assert_refused("research", "research_encoder", path, tmp_path, "no dictionary of tensors under")
 
 
 # ---------------------------------------------------------------- stu
@@ -187,7 +187,7 @@ UNITS = "_hstu_transducer._output_postprocessor._units_per_period"
 def test_stu_tensors(tmp_path: Path, change: Callable[[Tensors], None], message: str) -> None:
     dense, tables = stu_parts(ROWS)
     change(dense)
-    refused("stu", ROWS, write_stu(tmp_path, dense, tables), tmp_path, message)
+    assert_refused("stu", ROWS, write_stu(tmp_path, dense, tables), tmp_path, message)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_stu_tensors(tmp_path: Path, change: Callable[[Tensors], None], message:
 def test_stu_tables(tmp_path: Path, change: Callable[[Tensors], None], message: str) -> None:
     dense, tables = stu_parts(ROWS)
     change(tables)
-    refused("stu", ROWS, write_stu(tmp_path, dense, tables), tmp_path, message)
+    assert_refused("stu", ROWS, write_stu(tmp_path, dense, tables), tmp_path, message)
 
 
 @pytest.mark.parametrize(
@@ -229,20 +229,20 @@ def test_stu_tables(tmp_path: Path, change: Callable[[Tensors], None], message: 
 )
 def test_stu_fields(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     source = write_stu(tmp_path, *stu_parts(ROWS))
-    refused("stu", ROWS, source, tmp_path, message, fields)
+    assert_refused("stu", ROWS, source, tmp_path, message, fields)
 
 
 def test_stu_features_that_the_config_does_not_name(tmp_path: Path) -> None:
     dense, tables = stu_parts(ROWS)
     del tables["item_category_id"]
     source = write_stu(tmp_path, dense, tables)
-    refused("stu", ROWS, source, tmp_path, "reads features", {"features": []})
+    assert_refused("stu", ROWS, source, tmp_path, "reads features", {"features": []})
 
 
 def test_stu_tasks_in_another_order(tmp_path: Path) -> None:
     tasks = [{"name": "dwell", "kind": "regression"}, *({"name": f"t{n}"} for n in range(7))]
     source = write_stu(tmp_path, *stu_parts("dlrm_times_multitask"))
-    refused(
+    assert_refused(
         "stu", "dlrm_times_multitask", source, tmp_path, "binary ones come first", {"tasks": tasks}
     )
 
@@ -252,7 +252,7 @@ def test_stu_files(tmp_path: Path, name: str) -> None:
     source = write_stu(tmp_path, *stu_parts(ROWS))
     (source / name).unlink()
     message = re.escape(Path(name).name) + ".*(No such file|not there)"
-    refused("stu", ROWS, source, tmp_path, message)
+    assert_refused("stu", ROWS, source, tmp_path, message)
 
 
 # ---------------------------------------------------------------- nvidia
@@ -286,7 +286,9 @@ ENCODER = "_hstu_block._preprocessor._positional_encoder"
 def test_nvidia_tensors(tmp_path: Path, change: Callable[[Tensors], None], message: str) -> None:
     state = fused_state()
     change(state)
-    refused("nvidia", RANKING, write_nvidia(tmp_path, state, nvidia_tables()), tmp_path, message)
+    assert_refused(
+        "nvidia", RANKING, write_nvidia(tmp_path, state, nvidia_tables()), tmp_path, message
+    )
 
 
 @pytest.mark.parametrize(
@@ -307,13 +309,13 @@ def test_nvidia_tensors(tmp_path: Path, change: Callable[[Tensors], None], messa
 def test_nvidia_fields(tmp_path: Path, fields: dict[str, Any], message: str, fused: bool) -> None:
     state = fused_state() if fused else weights(RANKING)
     source = write_nvidia(tmp_path, state, nvidia_tables())
-    refused("nvidia", RANKING, source, tmp_path, message, fields)
+    assert_refused("nvidia", RANKING, source, tmp_path, message, fields)
 
 
 def test_nvidia_files_of_several_ranks(tmp_path: Path) -> None:
     source = write_nvidia(tmp_path, fused_state(), nvidia_tables())
     torch.save({}, source / "torch_module" / "model.1.pth")
-    refused("nvidia", RANKING, source, tmp_path, "holds 2 files of ranks")
+    assert_refused("nvidia", RANKING, source, tmp_path, "holds 2 files of ranks")
 
 
 def test_nvidia_sizes_that_no_file_says(tmp_path: Path) -> None:
@@ -323,19 +325,19 @@ def test_nvidia_sizes_that_no_file_says(tmp_path: Path) -> None:
     source = write_nvidia(tmp_path, state)
     dump_table(source, "item", [1, 2], tables["item"])
     say = "nvidia", RANKING, source, tmp_path
-    refused(*say, r"missing: num_items \(the", {"num_items": None})
-    refused(*say, "id 2 is outside the 2 rows", {"num_items": 2})
-    refused(*say, "rows of item: are '70'", {"num_items": "70"})
+    assert_refused(*say, r"missing: num_items \(the", {"num_items": None})
+    assert_refused(*say, "id 2 is outside the 2 rows", {"num_items": 2})
+    assert_refused(*say, "rows of item: are '70'", {"num_items": "70"})
     action: Tensors = {"name": "action"}
-    refused(*say, r"missing: num_rows of action \(the", {"action": action})
+    assert_refused(*say, r"missing: num_rows of action \(the", {"action": action})
     action["num_rows"] = 8
-    refused(*say, r"has 31 rows, the config .* 11 \+ 11 \+ 8", {"action": action})
+    assert_refused(*say, r"has 31 rows, the config .* 11 \+ 11 \+ 8", {"action": action})
 
 
 def test_nvidia_table_in_two_places(tmp_path: Path) -> None:
     source = write_nvidia(tmp_path, fused_state(), nvidia_tables())
     dump_table(source, "item", [1], nvidia_tables()["item"])
-    refused("nvidia", RANKING, source, tmp_path, "table 'item' is in another file as well")
+    assert_refused("nvidia", RANKING, source, tmp_path, "table 'item' is in another file as well")
 
 
 def test_nvidia_whole_table_beside_a_dump(tmp_path: Path) -> None:
@@ -343,21 +345,21 @@ def test_nvidia_whole_table_beside_a_dump(tmp_path: Path) -> None:
     state = {**fused_state(), name: tables["item"]}
     source = write_nvidia(tmp_path, state, {one: tables[one] for one in tables if one != "item"})
     dump_table(source, "item", [1], tables["item"])
-    refused("nvidia", RANKING, source, tmp_path, "table 'item' is in another file as well")
+    assert_refused("nvidia", RANKING, source, tmp_path, "table 'item' is in another file as well")
 
 
 def test_nvidia_width_of_a_table(tmp_path: Path) -> None:
     tables = {**nvidia_tables(), "user1": torch.ones(11, 20)}
     source = write_nvidia(tmp_path, fused_state(), tables)
-    refused("nvidia", RANKING, source, tmp_path, "'user1': has rows of 20 numbers")
+    assert_refused("nvidia", RANKING, source, tmp_path, "'user1': has rows of 20 numbers")
 
 
 def test_nvidia_damaged_tables_file(tmp_path: Path) -> None:
     source = write_nvidia(tmp_path, fused_state())
     (source / "tables.safetensors").write_bytes(b"{}")
-    refused("nvidia", RANKING, source, tmp_path, r"tables\.safetensors: cannot be read")
+    assert_refused("nvidia", RANKING, source, tmp_path, r"tables\.safetensors: cannot be read")
     save_file({"item": torch.ones(3)}, source / "tables.safetensors")
-    refused(
+    assert_refused(
         "nvidia",
         RANKING,
         source,
