@@ -9,6 +9,8 @@ from pathlib import Path
 
 from benchmarks.process_samples import cpu_seconds
 
+MOST_BUSY = 0.9
+"""Of the machine's processors: beyond it a run says nothing."""
 _IDLE, _IOWAIT = 3, 4
 """Columns of the machine's line of /proc/stat that are no work."""
 

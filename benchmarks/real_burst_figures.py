@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.burst_requests import Recording
+from benchmarks.cpu_use import MOST_BUSY
 from benchmarks.recorded_client import Outcome
 from helm_engine.simulator.figures import figures
 from helm_engine.simulator.hindsight import p99_ms
@@ -19,8 +20,6 @@ from helm_engine.simulator.simulation import Result
 
 FloatArray = npt.NDArray[np.float64]
 
-MOST_BUSY = 0.9
-"""Of the machine's processors: beyond it a run is void."""
 BOOTSTRAPS = 1000
 _ROLES = ("front", "core", "redis", "link", "client")
 

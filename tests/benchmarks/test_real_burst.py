@@ -14,9 +14,8 @@ import pytest
 
 from benchmarks import burst_requests, real_burst
 from benchmarks.burst_requests import Recording, record, workload
-from benchmarks.cpu_use import CpuUse
+from benchmarks.cpu_use import MOST_BUSY, CpuUse
 from benchmarks.real_burst_figures import (
-    MOST_BUSY,
     Boundary,
     Run,
     best_static,
@@ -129,7 +128,7 @@ def test_processors_are_those_of_the_machine() -> None:
     sum(number * number for number in range(2_000_000))
     shares = use.shares()
     assert shares["nobody"] == 0.0
-    assert 0.0 <= shares["ours"] <= 1.05
+    assert shares["mine"] > 0.0
     assert shares["ours"] == pytest.approx(shares["mine"] / (os.cpu_count() or 1))
 
 

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helm_engine.request_trace.file_format import (
-    FRAME_BYTES,
     MAGIC,
     MAX_FRAME_BYTES,
     TraceEnd,
@@ -211,4 +210,3 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     for name, named in (("other.trace", "is no trace"), ("none.trace", "No such file")):
         with pytest.raises(ValueError, match=rf"{name}: {named}"):
             read_trace_file(tmp_path / name)
-    assert FRAME_BYTES == 8
