@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Awaitable
 
 from helm_engine.clock import SystemClock
 from helm_engine.engine_supervisor import EngineSupervisor
@@ -14,6 +15,7 @@ from helm_engine.exceptions import (
 from helm_engine.metrics import EngineMetrics
 from helm_engine.output_processor import build_recommendation
 from helm_engine.protocol import Recommendation, RecommendRequest
+from helm_engine.request import Request
 from helm_engine.request_trace.recorder import TraceRecorder
 
 
@@ -48,15 +50,20 @@ class AsyncRecommender:
         request_id = f"rec-{uuid.uuid4().hex}"
         engine = self.supervisor.engine
         prepared = engine.processor.process(body, request_id, arrived)
-        running = engine.client.submit(prepared.request)
+        running = self._in_time(engine.client.submit(prepared.request))
         if self._recorder is not None:
             running = self._recorder.follow(running, prepared.request, engine.served)
         await running
-        if self.clock.now() > prepared.request.deadline:
-            raise DeadlineExceededError("the deadline passed before the answer was sent")
         answer = build_recommendation(prepared, engine.served.name, answer_id or request_id)
         self.metrics.count_success(answer, self.clock.now() - arrived)
         return answer
+
+    async def _in_time(self, running: Awaitable[Request]) -> Request:
+        """Waits for a request, which is of no use to a client whose deadline has passed."""
+        request = await running
+        if self.clock.now() > request.deadline:
+            raise DeadlineExceededError("the deadline passed before the answer was sent")
+        return request
 
     async def forget_user(self, user: str) -> int:
         """Drops a user's KV from every engine; returns the number of blocks.

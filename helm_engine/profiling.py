@@ -132,8 +132,9 @@ def measure_profile(
     if rules.recomputes_last_row:  # Candidates meet that row, and no other of the context.
         steps = [one._replace(work=one.work._replace(candidate_pairs=0)) for one in steps]
     moves = _move_rows(core, watched)
-    profile, relative = fit_profile(steps[len(steps) // 10 :], moves, device, source)
-    return Measured(profile, len(steps), np.quantile(relative, [0.5, 0.9]).tolist())
+    warm = steps[len(steps) // 10 :]
+    profile, relative = fit_profile(warm, moves, device, source)
+    return Measured(profile, len(warm), np.quantile(relative, [0.5, 0.9]).tolist())
 
 
 def describe_device(engine: LoadedEngine) -> str:

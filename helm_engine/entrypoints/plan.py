@@ -36,8 +36,6 @@ Examples:
 docs/planning.md says how the answers are found, and how far they go.
 """
 _MOST_ENGINES = 1024
-_KEPT = 0.99
-"""Engines are enough that keep the SLO for such a share of the requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +152,13 @@ def plan(
     try:
         config = options.config()
         recording, remarks = read_recording(trace_file)
+        for remark in remarks:
+            print(f"helm-engine: {remark}", file=sys.stderr)
         device = device_of(recording, profile)
         with SlowNotice() as notice:
             found = make_plan(recording, device, config, notice.say)
     except ValueError as error:
         raise CommandError(str(error)) from error
-    for remark in remarks:
-        print(f"helm-engine: {remark}", file=sys.stderr)
     _print(recording, found)
     about = {"trace": str(trace_file), "requests": len(recording), "profile": asdict(device)}
     try:
@@ -226,10 +224,11 @@ def _gain(found: Plan) -> str:
     words = f"Best static split: {found.best_share:.2f} of the pool for EMB."
     if schedule is not None:
         if schedule.p99_ms < static.p99_ms:
-            less = 1.0 - schedule.p99_ms / static.p99_ms if isfinite(static.p99_ms) else 1.0
+            gain = "get rid of requests that fail"
+            if isfinite(static.p99_ms):
+                gain = f"lower P99 by {1.0 - schedule.p99_ms / static.p99_ms:.0%}"
             words += (
-                f" Adapting could lower P99 by {less:.0%}: the best schedule found over "
-                f"{found.num_phases} phases."
+                f" Adapting could {gain}: the best schedule found over {found.num_phases} phases."
             )
         else:
             words += " No schedule was found that lowers P99."
@@ -258,12 +257,14 @@ def _engine_table(found: Plan) -> Table:
 
 def _enough(found: Plan, slo_ms: float) -> str:
     """How many engines do, in words."""
-    enough = [one.engines for one in found.engines if one.slo_share >= _KEPT]
+    from helm_engine.simulator.planning import ENOUGH_SHARE
+
+    enough = [one.engines for one in found.engines if one.slo_share >= ENOUGH_SHARE]
     words = (
-        f"{enough[0]} of these numbers of engines is the least that answers {_KEPT:.0%} of the "
-        f"requests within {slo_ms:g} ms."
+        f"{enough[0]} of these numbers of engines is the least that answers {ENOUGH_SHARE:.0%} of "
+        f"the requests within {slo_ms:g} ms."
         if enough
-        else f"None of these answers {_KEPT:.0%} of the requests within {slo_ms:g} ms."
+        else f"None of these answers {ENOUGH_SHARE:.0%} of the requests within {slo_ms:g} ms."
     )
     return words + " Users are spread by a consistent hash: a router that knows no residency."
 

@@ -70,20 +70,22 @@ def profile(
         config = options.resolve(model)
         engine = load_engine(config, SystemClock())
         notice.say("measuring")
-        measured = measure_profile(
-            engine,
-            device=describe_device(engine),
-            source=f"helm-engine profile, {config.model_name}, {config.executor.dtype}",
-            batches=batches,
-            seed=seed,
-        )
-        engine.runner.close()
+        try:
+            measured = measure_profile(
+                engine,
+                device=describe_device(engine),
+                source=f"helm-engine profile, {config.model_name}, {config.executor.dtype}",
+                batches=batches,
+                seed=seed,
+            )
+        finally:
+            engine.runner.close()
         text = json.dumps(asdict(measured.profile), indent=2)
         out.write_text(text + "\n", encoding="utf-8")
     except (ValueError, RuntimeError, HelmError) as error:
         raise CommandError(str(error)) from error
     except OSError as error:
-        raise CommandError(f"{error.filename}: {error.strerror}") from error
+        raise CommandError(f"{error.filename or model}: {error.strerror or error}") from error
     notice.end()
     middle, late = measured.relative_errors
     print(

@@ -83,6 +83,8 @@ class RequestOptions:
             raise CommandError("--workload: says what is run, or --trace does; give one of them")
         if self.trace_file is not None and self.setting is not None:
             raise CommandError("--setting: is that of a workload; a trace brings its own")
+        if self.trace_file is not None and self.seed:
+            raise CommandError("--seed: draws a workload; nothing is drawn for a trace")
 
     def made(self, profile: str | None, scale: int) -> tuple[Trace, EngineModel]:
         """The requests, and the engine that they are for.

@@ -82,7 +82,8 @@ class TraceRecorder:
         self._queue: queue.SimpleQueue[Taken | TraceEnd] = queue.SimpleQueue()
         self._tokens_put = self._tokens_done = 0
         self._num_bytes = 0
-        self._served: ServedModel | None = None
+        self._served: tuple[ServedModel, ...] = ()
+        """Whose header is the file's: while a server reloads there are two at a time."""
         self._header: TraceHeader | None = None
         self._began = 0.0
         self._is_open = self._is_closed = False
@@ -116,7 +117,7 @@ class TraceRecorder:
             self._append(MAGIC + framed(msgspec.msgpack.encode(self._header)))
         except OSError as error:
             raise ValueError(f"record_trace: {self._path}: {error.strerror}") from error
-        self._served = served
+        self._served = (served,)
         self._is_open = True
         self._thread.start()
 
@@ -151,7 +152,7 @@ class TraceRecorder:
 
     def _is_same_engine(self, served: ServedModel) -> bool:
         """Whether the header still holds; after a reload it may not."""
-        if served is not self._served:
+        if not any(served is known for known in self._served):
             try:
                 holds = header_of(served) == self._header
             except ValueError:  # Its cost profile is gone, say: no reason to fail a request.
@@ -161,7 +162,7 @@ class TraceRecorder:
                 self._is_open = False
                 self._queue.put(TraceEnd("another engine"))
                 return False
-            self._served = served
+            self._served = (served, self._served[0])
         return True
 
     def close(self) -> None:
@@ -172,7 +173,7 @@ class TraceRecorder:
         if self._is_closed:
             return
         self._is_closed = True
-        if self._served is None:
+        if not self._served:
             os.close(self._descriptor)
             self._path.unlink(missing_ok=True)
             return

@@ -8,11 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from helm_engine.simulator.planning import Plan
+from helm_engine.simulator.planning import ENOUGH_SHARE, Plan
 from helm_engine.simulator.recording import Recording
 
 _BINS = 120
-_KEPT = 0.99
 
 
 def draw_plan(path: Path, plan: Plan, recording: Recording) -> None:
@@ -69,7 +68,7 @@ def _draw_engines(axes: Axes, plan: Plan) -> None:
     axes.set_ylabel("ms")
     kept = axes.twinx()
     kept.plot(numbers, [one.slo_share for one in plan.engines], marker="s", color="#3b6fb6")
-    kept.axhline(_KEPT, color="#3b6fb6", linestyle=":")
+    kept.axhline(ENOUGH_SHARE, color="#3b6fb6", linestyle=":")
     kept.set_ylim(0.0, 1.02)
     kept.set_ylabel("share within the SLO", color="#3b6fb6")
     axes.legend(fontsize=8)

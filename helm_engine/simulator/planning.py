@@ -24,6 +24,8 @@ from helm_engine.simulator.workloads import Setting
 from helm_engine.simulator.yardsticks import best_schedule, best_static
 from model_executor.cost_profile import CostProfile
 
+ENOUGH_SHARE = 0.99
+"""Engines are enough that keep the SLO for such a share of the requests."""
 _WARM_UP_SHARE = 0.1
 _LEAST_PAGES = 512
 """A pool of fewer pages is not searched at a scale."""

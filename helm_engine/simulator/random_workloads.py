@@ -44,7 +44,6 @@ class EpisodeDrawer:
         scale: int,
         seconds: float,
         config: ControllerConfig | None = None,
-        watches_worth: bool = True,
     ) -> None:
         """Takes what all episodes share.
 
@@ -52,9 +51,7 @@ class EpisodeDrawer:
             scale: of the simulation.
             seconds: of virtual time.
             config: bounds, period and slew limit.
-            watches_worth: whether engines tell what a page is worth.
         """
-        self._watches_worth = watches_worth
         self._scale = scale
         self._seconds = seconds
         self._config = config or ControllerConfig()
@@ -72,7 +69,7 @@ class EpisodeDrawer:
             vary_profile(profile, rng),
             controller=replace(self._config, slo_ms=trace.setting.slo_ms),
             scale=self._scale,
-            watches_worth=self._watches_worth,
+            watches_worth=False,  # See `train_controller.save_policy`.
         )
         return Episode(trace, model, float(rng.uniform(0.1, 0.9)))
 

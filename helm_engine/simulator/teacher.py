@@ -50,7 +50,7 @@ tangent, since a device can be asked for more than it has for a while."""
 _TOLERANCE = 0.02
 """Splits that cost so much more than the cheapest are as good: no move is made for them."""
 _STRAY_SHARE, _STRAY_S = 0.06, 6.0
-"""How often a demonstration begins to stray, and for how many seconds at most."""
+"""Share of the queries at which a run begins to stray, and for how many seconds at most."""
 
 
 class Examples(NamedTuple):

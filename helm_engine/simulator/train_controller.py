@@ -64,9 +64,6 @@ class TrainingConfig:
     entropy_weight: float = 0.002
     width: int = 64
     """Of both hidden layers."""
-    watches_worth: bool = False
-    """Whether the network is told what a page is worth; an engine needs no cost profile to use one
-    that is not."""
     reward: Reward = field(default_factory=Reward)
     control: ControllerConfig = field(default_factory=ControllerConfig)
 
@@ -215,7 +212,7 @@ def _make_environment(config: TrainingConfig) -> Monitor[Any, Any]:
 
 
 def _drawer(config: TrainingConfig) -> EpisodeDrawer:
-    return EpisodeDrawer(config.scale, config.episode_s, config.control, config.watches_worth)
+    return EpisodeDrawer(config.scale, config.episode_s, config.control)
 
 
 def save_policy(
@@ -230,8 +227,9 @@ def save_policy(
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     for number, (_, layer) in enumerate(layers):
         weight, bias = layer.weight.detach().numpy().T.copy(), layer.bias.detach().numpy()
-        if not number and not config.watches_worth:
-            # They were 0 throughout, so their weights are what they were drawn as.
+        if not number:
+            # Training's engines do not tell what a page is worth, so these weights are what they
+            # were drawn as; an engine in service may tell it.
             weight[[FEATURES.index(name) for name in WORTH_FEATURES]] = 0.0
         tensors[f"layer{number}.weight"] = weight
         tensors[f"layer{number}.bias"] = np.ascontiguousarray(bias)
