@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -29,7 +28,7 @@ from model_executor.checkpoint import (
     model_version,
     tables_version,
 )
-from model_executor.cost_profile import load_cost_profile
+from model_executor.cost_profile import CostProfile, load_cost_profile
 from model_executor.exceptions import RowsUnavailableError, TablesMismatchError
 from model_executor.host_store import HOST_NUMBER_BYTES, HostStore, MemoryMappedTables
 from model_executor.memory_ledger import activation_bound
@@ -107,6 +106,9 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         memory=runner.memory,
         activation_bound=bound,
         can_retrieve=runner.retrieval_head is not None,
+        cost_profile=None
+        if config.cost_profile is None
+        else load_cost_profile(config.cost_profile),
     )
     _log_memory(served)
     _log_capabilities(served)
@@ -122,7 +124,7 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         table.num_rows,
         rules,
         poisons,
-        _page_values(config.cost_profile, layout, table.num_rows),
+        _page_values(served.cost_profile, layout, table.num_rows),
         config.host_tier.refill,
         HOST_NUMBER_BYTES * model_config.row_dim,
     )
@@ -147,12 +149,12 @@ def _open_host_tier(config: EngineConfig, model_config: ModelConfig) -> HostStor
 
 
 def _page_values(
-    cost_profile: Path | None, layout: PoolLayout, num_rows: int
+    cost_profile: CostProfile | None, layout: PoolLayout, num_rows: int
 ) -> PageValueEstimator | None:
     """What watches the worth of pages, where the device's costs are known."""
     if cost_profile is None:
         return None
-    return page_value_estimator(load_cost_profile(cost_profile), layout, num_rows)
+    return page_value_estimator(cost_profile, layout, num_rows)
 
 
 def _warm_up(
