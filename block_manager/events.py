@@ -72,3 +72,32 @@ class KVEventBatch(msgspec.Struct, array_like=True, omit_defaults=True, gc=False
     """Seconds since the epoch."""
     events: list[BlockStored | BlockRemoved | AllBlocksCleared]
     data_parallel_rank: int | None = None
+
+
+class RowsStored(msgspec.Struct, omit_defaults=True, gc=False, tag=True):
+    """Positions of the row digest that hold a row from now on."""
+
+    positions: bytes
+    """Little-endian uint32, ascending, distinct."""
+
+
+class RowsRemoved(msgspec.Struct, omit_defaults=True, gc=False, tag=True):
+    """Positions of the row digest that hold no row any more."""
+
+    positions: bytes
+    """Little-endian uint32, ascending, distinct."""
+
+
+class RowsCleared(msgspec.Struct, omit_defaults=True, gc=False, tag=True):
+    """No row is held any more."""
+
+
+class RowEventBatch(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    """Changes of the row digest in the order in which they happened."""
+
+    ts: float
+    """Seconds since the epoch."""
+    events: list[RowsStored | RowsRemoved | RowsCleared]
+    num_positions: int
+    """Of the digest, see `block_manager.row_digest`."""
+    data_parallel_rank: int | None = None
