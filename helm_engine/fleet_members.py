@@ -11,6 +11,7 @@ from helm_engine.engine_client import EngineClient
 from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.fleet_member import FleetMember
 from helm_engine.input_processor import new_user_key
+from helm_engine.remote_engine import RemoteEngine
 
 
 def make_members(config: EngineConfig, server: ServerConfig) -> list[FleetMember]:
@@ -34,7 +35,9 @@ def make_members(config: EngineConfig, server: ServerConfig) -> list[FleetMember
         )
         for place in range(number)
     ]
-    return members
+    return members + [
+        RemoteEngine(address, user_key, server.hang_timeout) for address in fleet.remote
+    ]
 
 
 def one_of_several(config: EngineConfig, place: int, number: int) -> EngineConfig:

@@ -121,6 +121,7 @@ def test_an_outcome_reaches_the_front_whole() -> None:
     ended.timings_ms = StepTimings(1.0, 2.0, 3.0)
     frames = FrameEncoder().encode(CoreReport(EngineStats(steps=8), [EndedRequest.of(ended)]))
     message = FrameDecoder[FromCore](FromCore).decode(frames)
+    assert isinstance(message, CoreReport)
     waiting = _request(9)
     message.ended[0].complete(waiting)
     assert message.stats.steps == 8
