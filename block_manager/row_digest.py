@@ -1,0 +1,170 @@
+"""Which embedding rows an engine holds, told in few bytes: a set of positions, by its changes.
+
+A position is the row itself while the table is small; a larger table is hashed onto a fixed number
+of positions. The engine counts the rows at each position, so that a position is said to be empty
+when its last row went and the digest never drifts. Whoever reads it learns of every row that is
+there; of rows that are absent it takes some for present, namely those that share a position with a
+resident one: the share of the positions that are in use.
+
+The hash is Fibonacci hashing (Knuth, The Art of Computer Programming, volume 3, section 6.4): rows
+that follow one another, as popular ones often do, come to lie far apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from block_manager.events import RowsCleared, RowsRemoved, RowsStored
+from block_manager.exceptions import IntegrityError
+
+RowIds = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.uint32]
+"""Ascending and distinct where they come from a digest."""
+
+DEFAULT_NUM_POSITIONS = 1 << 23
+_MAX_POSITIONS = 1 << 32
+_GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+"""2 ** 64 over the golden ratio."""
+_HALF = np.uint64(32)
+_WIRE = np.dtype("<u4")
+
+
+def num_digest_positions(num_rows: int, limit: int) -> int:
+    """Positions of the digest of a table: its rows, but not more than `limit`.
+
+    Raises:
+        ValueError: the limit is not within 1..2**32.
+    """
+    if not 1 <= limit <= _MAX_POSITIONS:
+        raise ValueError(f"row_digest_positions: must be within 1..2**32, not {limit}")
+    return min(num_rows, limit)
+
+
+@njit(cache=True, nogil=True)
+def position_of_row(row: Any, num_rows: Any, num_positions: Any) -> Any:
+    """One row's position, for kernels; see `position_of_rows`."""
+    if num_rows <= num_positions:
+        return np.uint64(row)
+    hashed = (np.uint64(row) * _GOLDEN_RATIO) >> _HALF
+    return (hashed * np.uint64(num_positions)) >> _HALF
+
+
+def position_of_rows(rows: RowIds, num_rows: int, num_positions: int) -> Positions:
+    """Where the digest of a table says whether rows are there.
+
+    Args:
+        rows: int64 [n], each within 0..num_rows - 1.
+        num_rows: of the table.
+        num_positions: of the digest, 2**32 at most.
+
+    Returns:
+        uint32 [n], each below `num_positions`; the rows themselves where there are enough of them.
+    """
+    if num_rows <= num_positions:
+        return rows.astype(np.uint32)
+    hashed = (rows.astype(np.uint64) * _GOLDEN_RATIO) >> _HALF
+    return ((hashed * np.uint64(num_positions)) >> _HALF).astype(np.uint32)
+
+
+def pack_positions(positions: Positions) -> bytes:
+    """Positions as events carry them."""
+    return positions.astype(_WIRE, copy=False).tobytes()
+
+
+def unpack_positions(packed: bytes) -> Positions:
+    """Positions of an event, uint32 [n]; not to be written to.
+
+    Raises:
+        ValueError: the bytes are no whole number of positions.
+    """
+    return np.frombuffer(packed, dtype=_WIRE).astype(np.uint32, copy=False)
+
+
+@njit(cache=True, nogil=True)
+def _add(rows: Any, number: Any, counts: Any, num_rows: Any) -> None:
+    for row in rows:
+        counts[position_of_row(row, num_rows, len(counts))] += number
+
+
+@njit(cache=True, nogil=True)
+def _compare(
+    rows: Any, counts: Any, is_said: Any, num_rows: Any, changed: Any, number: Any
+) -> tuple[Any, Any]:
+    """Appends the rows' positions that are other than was said to `changed`, which has `number`.
+
+    Returns:
+        How many it has now; whether no count is below 0.
+    """
+    is_sound = True
+    for row in rows:
+        position = position_of_row(row, num_rows, len(counts))
+        is_sound &= counts[position] >= 0
+        if (counts[position] > 0) != is_said[position]:
+            is_said[position] = not is_said[position]
+            changed[number] = position
+            number += 1
+    return number, is_sound
+
+
+class RowChanges(NamedTuple):
+    """Positions that are other than the digest last said."""
+
+    stored: Positions
+    """They hold a row now."""
+    removed: Positions
+    """They hold none now."""
+
+    def events(self) -> list[RowsStored | RowsRemoved | RowsCleared]:
+        """The changes as messages; none where nothing changed."""
+        events: list[RowsStored | RowsRemoved | RowsCleared] = []
+        if len(self.removed):
+            events.append(RowsRemoved(pack_positions(self.removed)))
+        if len(self.stored):
+            events.append(RowsStored(pack_positions(self.stored)))
+        return events
+
+
+class RowDigest:
+    """Counts the resident rows of a table by position; begins with none.
+
+    It takes 5 bytes for each position.
+    """
+
+    def __init__(self, num_rows: int, limit: int = DEFAULT_NUM_POSITIONS) -> None:
+        """Takes the rows of the table, and how many positions there may be.
+
+        Raises:
+            ValueError: the limit is not within 1..2**32.
+        """
+        self.num_rows = num_rows
+        self.num_positions = num_digest_positions(num_rows, limit)
+        self._counts = np.zeros(self.num_positions, dtype=np.int32)
+        self._is_said = np.zeros(self.num_positions, dtype=np.bool_)
+        nothing = np.empty(0, dtype=np.int64)
+        self.change(nothing, nothing)  # Compiling is not for a step to wait for.
+
+    def change(self, came: RowIds, went: RowIds) -> RowChanges:
+        """Counts rows that came and rows that went since the last call, in any order.
+
+        Args:
+            came: int64 [n]; a row that went in between comes twice.
+            went: int64 [m] likewise.
+
+        Raises:
+            IntegrityError: more rows went than had come.
+        """
+        changed = np.empty(len(came) + len(went), dtype=np.uint32)
+        number, is_sound = _count(came, went, self._counts, self._is_said, self.num_rows, changed)
+        if not is_sound:
+            raise IntegrityError("row digest: a row went that was not there")
+        changed = np.sort(changed[:number])
+        is_stored = self._is_said[changed]
+        return RowChanges(changed[is_stored], changed[~is_stored])
+
+    def resident(self) -> Positions:
+        """All positions that hold a row, ascending, uint32 [n]."""
+        return np.flatnonzero(self._is_said).astype(np.uint32)
