@@ -20,6 +20,7 @@ from numba import njit
 
 from block_manager.events import RowsCleared, RowsRemoved, RowsStored
 from block_manager.exceptions import IntegrityError
+from block_manager.row_log import RowArrays, RowTraffic
 
 RowIds = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.uint32]
@@ -31,6 +32,9 @@ _GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """2 ** 64 over the golden ratio."""
 _HALF = np.uint64(32)
 _WIRE = np.dtype("<u4")
+_POSITIONS_PER_EVENT = 1 << 20
+"""Of an event that tells all that is there: a message of four megabytes."""
+_NOTHING = np.empty(0, dtype=np.int64)
 
 
 def num_digest_positions(num_rows: int, limit: int) -> int:
@@ -144,27 +148,45 @@ class RowDigest:
         self.num_positions = num_digest_positions(num_rows, limit)
         self._counts = np.zeros(self.num_positions, dtype=np.int32)
         self._is_said = np.zeros(self.num_positions, dtype=np.bool_)
-        nothing = np.empty(0, dtype=np.int64)
-        self.change(nothing, nothing)  # Compiling is not for a step to wait for.
+        self.change(RowTraffic((), ()))  # Compiling is not for a step to wait for.
 
-    def change(self, came: RowIds, went: RowIds) -> RowChanges:
-        """Counts rows that came and rows that went since the last call, in any order.
-
-        Args:
-            came: int64 [n]; a row that went in between comes twice.
-            went: int64 [m] likewise.
+    def change(self, traffic: RowTraffic) -> RowChanges:
+        """Counts rows that came and rows that went since the last call; order does not matter.
 
         Raises:
             IntegrityError: more rows went than had come.
         """
+        came, went = _joined(traffic.came), _joined(traffic.went)
+        _add(came, 1, self._counts, self.num_rows)
+        _add(went, -1, self._counts, self.num_rows)
         changed = np.empty(len(came) + len(went), dtype=np.uint32)
-        number, is_sound = _count(came, went, self._counts, self._is_said, self.num_rows, changed)
-        if not is_sound:
+        number, came_sound = self._compare(came, changed, 0)
+        number, went_sound = self._compare(went, changed, number)
+        if not came_sound or not went_sound:
             raise IntegrityError("row digest: a row went that was not there")
         changed = np.sort(changed[:number])
         is_stored = self._is_said[changed]
         return RowChanges(changed[is_stored], changed[~is_stored])
 
+    def _compare(self, rows: RowIds, changed: Positions, number: int) -> tuple[int, bool]:
+        found: tuple[int, bool] = _compare(
+            rows, self._counts, self._is_said, self.num_rows, changed, number
+        )
+        return found
+
     def resident(self) -> Positions:
         """All positions that hold a row, ascending, uint32 [n]."""
         return np.flatnonzero(self._is_said).astype(np.uint32)
+
+    def snapshot_events(self) -> list[list[RowsStored | RowsRemoved | RowsCleared]]:
+        """All that is there, as the events of one or more batches; the first clears the rest."""
+        resident = self.resident()
+        parts = range(0, len(resident), _POSITIONS_PER_EVENT)
+        stored = [pack_positions(resident[i : i + _POSITIONS_PER_EVENT]) for i in parts]
+        return [[RowsCleared()], *([RowsStored(packed)] for packed in stored)]
+
+
+def _joined(parts: RowArrays) -> RowIds:
+    """All rows, int64 [n], in the one layout that the kernels are compiled for."""
+    joined: RowIds = np.concatenate([_NOTHING, *parts])
+    return joined
