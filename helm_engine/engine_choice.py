@@ -14,6 +14,7 @@ from helm_engine.request import Request
 from helm_engine.served_model import ServedModel
 from router.cost import EngineCosts, Work
 from router.dispatcher import Assignment, Dispatcher
+from router.event_subscriber import EventSubscriber
 
 DEFAULT_COSTS = EngineCosts(
     step_ms=1.0,
@@ -44,15 +45,29 @@ class EngineChoice:
             ValueError: there is no such policy.
         """
         self._clock = clock
-        # Without events of what engines hold, what was sent to them is only a guess.
-        self._dispatcher = Dispatcher(policy, seed, expected_for_s=0.0)
+        self._dispatcher = Dispatcher(policy, seed)
+        self._subscribers: dict[str, EventSubscriber] = {}
 
     def joined(self, name: str, engine: Engine) -> None:
         """An engine is ready: it holds nothing yet, or its events will say what."""
-        self._dispatcher.add_engine(name, costs_of(engine.served))
+        num_rows, residency = engine.served.model_config.num_rows, engine.served.config.residency
+        told = residency.endpoint is not None
+        self._dispatcher.add_engine(
+            name,
+            costs_of(engine.served),
+            num_rows=num_rows,
+            num_positions=min(num_rows, residency.digest_positions) if told else 0,
+        )
+        if residency.endpoint is not None:
+            self._subscribers[name] = EventSubscriber(
+                name, residency.endpoint, residency.replay_endpoint, self._dispatcher.residency
+            )
 
     def left(self, name: str) -> None:
         """An engine is gone, and with it what it held."""
+        subscriber = self._subscribers.pop(name, None)
+        if subscriber is not None:
+            subscriber.close()
         self._dispatcher.remove_engine(name)
 
     def pick(self, request: Request, block_tokens: int, avoid: Collection[str]) -> Assignment:
@@ -92,6 +107,12 @@ class EngineChoice:
     def abandoned(self, assignment: Assignment) -> None:
         """It ended without telling anything of the engine."""
         self._dispatcher.abandoned(assignment)
+
+    def close(self) -> None:
+        """Listens to no engine any more."""
+        for subscriber in self._subscribers.values():
+            subscriber.close()
+        self._subscribers.clear()
 
 
 def costs_of(served: ServedModel) -> EngineCosts:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from math import inf
 from multiprocessing.connection import Connection
@@ -52,6 +53,7 @@ class EngineClient:
         config: EngineConfig,
         hang_seconds: float,
         main: Callable[..., None] = run_core_process,
+        tells_residency: bool = False,
     ) -> None:
         """Starts the process; must be called inside a running event loop.
 
@@ -59,6 +61,8 @@ class EngineClient:
             config: the engine's.
             hang_seconds: a core that says nothing for so long is killed.
             main: main function of the process.
+            tells_residency: whether it tells this process what it holds; `ServedModel.config` then
+                says at which addresses.
         """
         self._loop = asyncio.get_running_loop()
         self._hang_seconds = hang_seconds
@@ -77,6 +81,13 @@ class EngineClient:
         """Set, with the reason, once the core's process is no longer of use."""
         self._directory = Path(tempfile.mkdtemp(prefix="helm-engine-"))
         self._context = zmq.Context()
+        if tells_residency:
+            residency = replace(
+                config.residency,
+                endpoint=self._address("events"),
+                replay_endpoint=self._address("replay"),
+            )
+            config = replace(config, residency=residency)
         try:
             self._start(config, main)
         except BaseException:

@@ -429,6 +429,7 @@ class EngineFleet:
         if self._watcher is not None:
             self._watcher.cancel()
         ends = await asyncio.gather(*(post.member.close() for post in self.posts))
+        self._choice.close()
         return all(ends)
 
 

@@ -12,6 +12,7 @@ from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.fleet_member import FleetMember
 from helm_engine.input_processor import new_user_key
 from helm_engine.remote_engine import RemoteEngine
+from router.policies import policy_named
 
 
 def make_members(config: EngineConfig, server: ServerConfig) -> list[FleetMember]:
@@ -20,15 +21,28 @@ def make_members(config: EngineConfig, server: ServerConfig) -> list[FleetMember
     Args:
         config: of each engine of its own.
         server: of the front.
+
+    Raises:
+        ValueError: several engines cannot have the one address for events that was given.
     """
     fleet = server.fleet
+    if fleet.num_engines > 1 and config.residency.endpoint is not None:
+        raise ValueError(
+            "kv_events_endpoint: is for one engine; several have addresses of their own"
+        )
     # One key for all: a user's tag must not change with the engine.
     user_key = fleet.user_key or new_user_key()
     number = fleet.num_engines
+    policy = policy_named(fleet.policy)
+    start = partial(
+        EngineClient,
+        hang_seconds=server.hang_timeout,
+        tells_residency=number + len(fleet.remote) > 1 and (policy.knows_kv or policy.knows_rows),
+    )
     members: list[FleetMember] = [
         EngineSupervisor(
             config if number == 1 else one_of_several(config, place, number),
-            partial(EngineClient, hang_seconds=server.hang_timeout),
+            start,
             server.start_timeout,
             str(place),
             user_key,

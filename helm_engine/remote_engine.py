@@ -324,7 +324,7 @@ class RemoteEngine:
         if (message.host, message.life) == (self._host, self._life) and self._client is not None:
             return
         try:
-            served = message.model.served()
+            served = message.model.served(self.name.rpartition(":")[0])
         except ValueError as error:
             self._lose(f"what it serves cannot be read: {error}")
             return

@@ -18,6 +18,7 @@ from helm_engine.config import (
     ExecutorConfig,
     HostTierConfig,
     RequestLimits,
+    ResidencyConfig,
     SchedulerConfig,
 )
 from helm_engine.controller.controller_config import ControllerConfig
@@ -116,6 +117,8 @@ class ServedMessage(msgspec.Struct, frozen=True):
     host_tier: HostTierConfig
     limits: RequestLimits
     controller: ControllerConfig
+    residency: ResidencyConfig
+    """Its addresses as seen from the engine's host."""
 
     @classmethod
     def of(cls, served: ServedModel) -> ServedMessage:
@@ -139,14 +142,23 @@ class ServedMessage(msgspec.Struct, frozen=True):
             host_tier=replace(config.host_tier, source=source),
             limits=config.limits,
             controller=replace(config.controller, name=None, decision_log=None),
+            residency=config.residency,
         )
 
-    def served(self) -> ServedModel:
+    def served(self, host: str) -> ServedModel:
         """What a front knows of the engine.
+
+        Args:
+            host: where the front reaches the engine.
 
         Raises:
             ValueError: a value is one that no engine has.
         """
+        residency = replace(
+            self.residency,
+            endpoint=_reachable(self.residency.endpoint, host),
+            replay_endpoint=_reachable(self.residency.replay_endpoint, host),
+        )
         config = EngineConfig(
             Path(self.name),
             self.pool,
@@ -155,6 +167,7 @@ class ServedMessage(msgspec.Struct, frozen=True):
             self.host_tier,
             self.limits,
             self.controller,
+            residency,
             served_model_name=self.name,
         )
         return ServedModel(
@@ -168,6 +181,14 @@ class ServedMessage(msgspec.Struct, frozen=True):
             can_retrieve=self.can_retrieve,
             cost_profile=self.cost_profile,
         )
+
+
+def _reachable(endpoint: str | None, host: str) -> str | None:
+    """An address that an engine has bound, as its fronts reach it; None where they cannot."""
+    if endpoint is None or not endpoint.startswith("tcp://"):
+        return None
+    bound, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    return f"tcp://{host}:{port}" if bound in ("*", "0.0.0.0", "[::]") else endpoint
 
 
 class Welcome(msgspec.Struct, tag="welcome", frozen=True):
