@@ -182,7 +182,8 @@ def test_a_rolling_reload_fails_no_request(model: Path, way: str) -> None:
 
 
 def test_engines_are_drained_one_at_a_time(model: Path) -> None:
-    with running_server(model, "--num-engines", "2", *FLAGS) as server:
+    policy = ("--routing-policy", "round_robin")
+    with running_server(model, "--num-engines", "2", *policy, *FLAGS) as server:
         url = server.address + "/v1/admin/engines/"
         assert httpx.post(url + "0:drain").status_code == 401
         assert httpx.post(url + "7:drain", headers=ADMIN).status_code == 404
@@ -324,25 +325,15 @@ def cable() -> Iterator[Callable[[bool], None]]:
     if not shutil.which("ip") or not run("netns", "add", "helm-far"):
         pytest.skip("network namespaces cannot be made here")
     try:
-        assert run(
-            *[
-                "link",
-                "add",
-                "helm-near",
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "helm-veth",
-                "netns",
-                "helm-far",
-            ]
-        )
-        assert run(*["addr", "add", "10.91.0.1/24", "dev", "helm-near"])
-        assert run(*["link", "set", "helm-near", "up"])
-        assert run(*["-n", "helm-far", "addr", "add", "10.91.0.2/24", "dev", "helm-veth"])
-        assert run(*["-n", "helm-far", "link", "set", "helm-veth", "up"])
-        assert run(*["-n", "helm-far", "link", "set", "lo", "up"])
+        for words in (
+            "link add helm-near type veth peer name helm-veth netns helm-far",
+            "addr add 10.91.0.1/24 dev helm-near",
+            "link set helm-near up",
+            "-n helm-far addr add 10.91.0.2/24 dev helm-veth",
+            "-n helm-far link set helm-veth up",
+            "-n helm-far link set lo up",
+        ):
+            assert run(*words.split()), words
         yield lambda plugged: run("link", "set", "helm-near", "up" if plugged else "down") or None
     finally:
         run("link", "del", "helm-near")
