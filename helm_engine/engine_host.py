@@ -107,7 +107,7 @@ class EngineHost:
     @property
     def address(self) -> str:
         """Where fronts reach it; the port is there if it was left to the system."""
-        return self._socket.getsockopt(zmq.LAST_ENDPOINT).decode()
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     @property
     def num_in_flight(self) -> int:

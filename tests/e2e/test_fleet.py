@@ -334,7 +334,11 @@ def cable() -> Iterator[Callable[[bool], None]]:
             "-n helm-far link set lo up",
         ):
             assert run(*words.split()), words
-        yield lambda plugged: run("link", "set", "helm-near", "up" if plugged else "down") or None
+
+        def plug(plugged: bool) -> None:
+            assert run("link", "set", "helm-near", "up" if plugged else "down")
+
+        yield plug
     finally:
         run("link", "del", "helm-near")
         run("netns", "del", "helm-far")

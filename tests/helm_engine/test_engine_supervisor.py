@@ -106,8 +106,8 @@ def test_a_core_that_died_is_replaced_and_answers_as_before(config: EngineConfig
                 assert after.usage.cached_tokens == 0
                 assert after.data == before.data
             metrics = front.recommender.metrics.render().decode()
-            restarts = 'helm:engine_restarts_total{engine="0",model_name="toy"} 2.0'
-            assert restarts in metrics
+            counted = 'helm:engine_restarts_total{engine="0",model_name="toy"} 2.0'
+            assert counted in metrics
             assert await front.supervisor.close()
 
     run(scenario)
