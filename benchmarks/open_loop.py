@@ -137,7 +137,7 @@ class _Offering:
     async def _watch(self, session: aiohttp.ClientSession) -> None:
         while True:
             async with session.get(f"{self._storm.address}/metrics") as answer:
-                gauge = _WAITING.search(await answer.text())
-            waiting = 0 if gauge is None else int(float(gauge[1]))
+                gauges = _WAITING.findall(await answer.text())
+            waiting = int(sum(map(float, gauges)))
             self._outcome.most_waiting = max(self._outcome.most_waiting, waiting)
             await asyncio.sleep(_POLL_SECONDS)

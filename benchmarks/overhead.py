@@ -44,6 +44,7 @@ from helm_engine.clock import SystemClock
 from helm_engine.config import EngineConfig, SchedulerConfig
 from helm_engine.core_process import run_core_process
 from helm_engine.engine_client import EngineClient
+from helm_engine.engine_fleet import EngineFleet
 from helm_engine.engine_loader import LoadedEngine, load_engine
 from helm_engine.engine_supervisor import EngineSupervisor
 
@@ -157,7 +158,7 @@ class WholeWay:
     def __init__(self, config: EngineConfig, bodies: list[bytes]) -> None:
         self.clock = ModelClock(get_context("spawn").Value("d", 0.0))
         self.supervisor = EngineSupervisor(config, partial(start_timed, self.clock))
-        self.recommender = AsyncRecommender(self.supervisor)
+        self.recommender = AsyncRecommender(EngineFleet([self.supervisor]))
         self.bodies = bodies
         self.milliseconds: list[float] = []
 

@@ -1,17 +1,14 @@
-"""The engine for asynchronous fronts: one coroutine call per request."""
+"""The engines for asynchronous fronts: one coroutine call per request."""
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Awaitable
+from dataclasses import replace
 
 from helm_engine.clock import SystemClock
-from helm_engine.engine_supervisor import EngineSupervisor
-from helm_engine.exceptions import (
-    DeadlineExceededError,
-    EngineUnavailableError,
-)
+from helm_engine.engine_fleet import EngineFleet
+from helm_engine.exceptions import DeadlineExceededError
 from helm_engine.metrics import EngineMetrics
 from helm_engine.output_processor import build_recommendation
 from helm_engine.protocol import Recommendation, RecommendRequest
@@ -20,13 +17,13 @@ from helm_engine.request_trace.recorder import TraceRecorder
 
 
 class AsyncRecommender:
-    """Validates and hashes on the event loop; steps run in the engine core's process."""
+    """Validates and hashes on the event loop; steps run in processes of engine cores."""
 
-    def __init__(self, supervisor: EngineSupervisor, recorder: TraceRecorder | None = None) -> None:
-        """Takes the engine, and who writes down what it is asked, if anybody."""
-        self.supervisor = supervisor
+    def __init__(self, fleet: EngineFleet, recorder: TraceRecorder | None = None) -> None:
+        """Takes the engines, and who writes down what they are asked, if anybody."""
+        self.fleet = fleet
         self._recorder = recorder
-        self.metrics = EngineMetrics(supervisor, recorder)
+        self.metrics = EngineMetrics(fleet, recorder)
         self.clock = SystemClock()
 
     async def recommend(
@@ -48,12 +45,14 @@ class AsyncRecommender:
         """
         arrived = self.clock.now() if arrived is None else arrived
         request_id = f"rec-{uuid.uuid4().hex}"
-        engine = self.supervisor.engine
+        engine = self.fleet.model_for(body)
         prepared = engine.processor.process(body, request_id, arrived)
-        running = self._in_time(engine.client.submit(prepared.request))
+        running = self._in_time(self.fleet.submit(prepared.request, engine))
         if self._recorder is not None:
             running = self._recorder.follow(running, prepared.request, engine.served)
-        await running
+        ended = await running
+        if ended is not prepared.request:
+            prepared = replace(prepared, request=ended)
         answer = build_recommendation(prepared, engine.served.name, answer_id or request_id)
         self.metrics.count_success(answer, self.clock.now() - arrived)
         return answer
@@ -64,20 +63,3 @@ class AsyncRecommender:
         if self.clock.now() > request.deadline:
             raise DeadlineExceededError("the deadline passed before the answer was sent")
         return request
-
-    async def forget_user(self, user: str) -> int:
-        """Drops a user's KV from every engine; returns the number of blocks.
-
-        Raises:
-            EngineUnavailableError: no engine is ready.
-        """
-        tag = self.supervisor.engine.processor.user_tag(user)
-        calls = [client.forget_user(tag) for client in self.supervisor.clients]
-        counts = await asyncio.gather(*calls, return_exceptions=True)
-        for failure in counts:
-            # An engine that is gone took its KV along.
-            if isinstance(failure, BaseException) and not isinstance(
-                failure, EngineUnavailableError
-            ):
-                raise failure
-        return sum(number for number in counts if isinstance(number, int))

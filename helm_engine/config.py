@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from block_manager.pool_layout import PoolConfig
 from block_manager.refill import RefillConfig
@@ -66,6 +68,8 @@ class ExecutorConfig:
     """`auto`: the fastest for the device; `cpu`: compiled kernels; `torch`: the reference."""
     max_retrieval_matrix_bytes: int = 1 << 30
     """Limit of the item matrix that retrieval needs beside the pool; 0 = candidates only."""
+    num_threads: int | None = None
+    """Threads that torch computes with; None = its own choice."""
 
     def __post_init__(self) -> None:
         """Checks each value.
@@ -73,6 +77,8 @@ class ExecutorConfig:
         Raises:
             ValueError: names the field and its limit.
         """
+        if self.num_threads is not None:
+            _require_at_least("num_threads", self.num_threads, 1)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         _require_at_least("max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes, 0)
@@ -164,6 +170,52 @@ class RequestLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class ResidencyConfig:
+    """How routers are told what the engine holds."""
+
+    endpoint: str | None = None
+    """ZeroMQ address that events are published on: bound if it has `*` or `::` in it or is `ipc`,
+    else connected to (vLLM's rule); None = nothing is noted and nothing published."""
+    replay_endpoint: str | None = None
+    """Address that is bound for those who missed events; None = they begin anew."""
+    redact: bool = False
+    """Leaves out item ids and the digest of the other features."""
+    buffer_batches: int = 10_000
+    """Last batches of each topic that can be replayed."""
+    digest_positions: int = 1 << 23
+    """Limit of the row digest; a table of more rows is hashed onto so many positions."""
+    digest_interval_s: float = 0.1
+    """Changes of the row digest are published no more often."""
+    engine_name: str | None = None
+    """The engine in topics; None = the host's name."""
+
+    def __post_init__(self) -> None:
+        """Checks each value.
+
+        Raises:
+            ValueError: names the field and its limit.
+        """
+        if self.replay_endpoint is not None and self.endpoint is None:
+            raise ValueError("kv_events_replay_endpoint: needs kv_events_endpoint")
+        _require_at_least("kv_events_buffer", self.buffer_batches, 1)
+        if not 1 <= self.digest_positions <= 1 << 32:
+            raise ValueError(
+                f"row_digest_positions: must be within 1..2**32, not {self.digest_positions}"
+            )
+        if not 0.0 <= self.digest_interval_s < float("inf"):
+            raise ValueError(
+                f"row_digest_interval: must be at least 0 and finite, not {self.digest_interval_s}"
+            )
+        if "@" in self.name:
+            raise ValueError(f"engine_name: must not hold an @, not {self.name!r}")
+
+    @property
+    def name(self) -> str:
+        """The engine in topics."""
+        return self.engine_name or socket.gethostname()
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """One engine."""
 
@@ -174,6 +226,7 @@ class EngineConfig:
     host_tier: HostTierConfig = field(default_factory=HostTierConfig)
     limits: RequestLimits = field(default_factory=RequestLimits)
     controller: ControllerConfig = field(default_factory=ControllerConfig)
+    residency: ResidencyConfig = field(default_factory=ResidencyConfig)
     served_model_name: str | None = None
     """Name in `/v1/models` and in requests; the directory's name by default."""
     cost_profile: Path | None = None
@@ -200,8 +253,67 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class FleetConfig:
+    """Which engines stand behind a front, and which of them gets a request."""
+
+    num_engines: int = 1
+    """Engine cores that the front starts and looks after itself."""
+    remote: tuple[str, ...] = ()
+    """Engines of other hosts, `tcp://host:port` each (`helm-engine engine`)."""
+    policy: str = "joint"
+    """How an engine is chosen, by its name in `router.policies`."""
+    hedge_ms: float | None = None
+    """A request without an answer after so long is given to a second engine too, and the first
+    answer counts; None = never."""
+    suspect_timeout: float = 1.0
+    """Seconds; an engine whose process shows no life for so long gets no requests, and those that
+    it has are given to others. Well below `hang_timeout`."""
+    user_key: bytes | None = field(default=None, repr=False)
+    """Keys the hashes of users; fronts that share engines need the same. None = a random one."""
+
+    def __post_init__(self) -> None:
+        """Checks each value.
+
+        Raises:
+            ValueError: names the field and its limit.
+        """
+        _require_at_least("num_engines", self.num_engines, 0 if self.remote else 1)
+        if len(set(self.remote)) < len(self.remote):
+            raise ValueError("engine: the same address is named twice")
+        for address in self.remote:
+            check_tcp_address("engine", address)
+        if self.hedge_ms is not None and not 0.0 < self.hedge_ms < float("inf"):
+            raise ValueError(f"hedge_ms: must be above 0 and finite, not {self.hedge_ms}")
+        if not self.suspect_timeout > 0.0:
+            raise ValueError(f"suspect_timeout: must be above 0, not {self.suspect_timeout}")
+        if self.user_key is None and self.remote:
+            raise ValueError(
+                "user_key_file: engines of other hosts need one, the same for all of their fronts"
+            )
+
+
+def check_tcp_address(name: str, address: str) -> None:
+    """Checks an address `tcp://host:port`.
+
+    Args:
+        name: what a message begins with.
+        address: as the operator gave it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    parts = urlsplit(address)
+    try:
+        is_fine = parts.scheme == "tcp" and bool(parts.hostname) and parts.port is not None
+    except ValueError:  # The port is no number, or too large a one.
+        is_fine = False
+    if not is_fine or parts.path or parts.query or parts.username is not None:
+        raise ValueError(f"{name}: {address!r} is not an address such as tcp://10.0.0.7:7000")
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """The HTTP front and how it looks after its engine."""
+    """The HTTP front and how it looks after its engines."""
 
     shutdown_timeout: float = 10.0
     """Seconds that requests in flight have after SIGTERM; then they are answered with 503."""
@@ -222,6 +334,8 @@ class ServerConfig:
     """File that gets a record of each request, ids hashed; None = nothing is recorded."""
     record_trace_max_bytes: int = 1 << 30
     """Where that file ends."""
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+    """The engines behind the front."""
 
     def __post_init__(self) -> None:
         """Checks each value.

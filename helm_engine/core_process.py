@@ -10,9 +10,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+import torch
 import zmq
 
 from block_manager.refill import HostTraffic
@@ -23,10 +25,11 @@ from helm_engine.engine_core import EngineCore
 from helm_engine.engine_loader import LoadedEngine, load_engine
 from helm_engine.engine_messages import (
     AddRequest,
+    Beat,
     CallDone,
+    CoreReport,
     EndedRequest,
     ForgetUser,
-    FromCore,
     SetTarget,
     Stop,
     ToCore,
@@ -39,7 +42,9 @@ from helm_engine.request import Request
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.2
-"""A core that runs or waits says something at least this often, between steps."""
+"""A core that runs or waits reports at least this often, between steps."""
+BEAT_SECONDS = 0.1
+"""And its process shows this often that it runs, during steps too."""
 _BACKGROUND_SECONDS = 0.001
 """Without requests, pages and rows move in steps that are this far apart."""
 _STALLED_SECONDS = 0.01
@@ -85,6 +90,8 @@ def run_core_process(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=log_level, format="%(levelname)s %(name)s: %(message)s")
+    if config.executor.num_threads is not None:
+        torch.set_num_threads(config.executor.num_threads)
     threading.Thread(target=_end_with, args=(front,), name="front-watch", daemon=True).start()
     try:
         engine = load(config) if load else load_engine(config, SystemClock())
@@ -97,7 +104,7 @@ def run_core_process(
     loop = _CoreLoop(engine.core, engine.runner.loader.traffic, addresses)
     front.send(engine.served)
     loop.run()
-    engine.runner.close()
+    engine.close()
     # A core that lost track of a page must not end as if all had been well.
     engine.core.check_integrity()
 
@@ -138,17 +145,32 @@ class _CoreLoop:
         self._last_said = 0.0
         inbox = self._context.socket(zmq.PULL)
         inbox.set_hwm(0)
+        inbox.setsockopt(zmq.RCVTIMEO, int(1e3 * BEAT_SECONDS))
         inbox.bind(addresses.to_core)
-        threading.Thread(target=self._read, args=(inbox,), name="core-inbox", daemon=True).start()
+        beats = self._context.socket(zmq.PUSH)
+        beats.set_hwm(0)
+        beats.connect(addresses.from_core)
+        threading.Thread(
+            target=self._read, args=(inbox, beats), name="core-inbox", daemon=True
+        ).start()
 
-    def _read(self, inbox: zmq.Socket[bytes]) -> None:
+    def _read(self, inbox: zmq.Socket[bytes], beats: zmq.Socket[bytes]) -> None:
         decoder: FrameDecoder[ToCore] = FrameDecoder(ToCore)
+        beat = FrameEncoder().encode(Beat())
+        last_beat = 0.0
         try:
             while True:
-                frames = [frame.buffer for frame in inbox.recv_multipart(copy=False)]
-                message = decoder.decode(frames)
-                # Unpacked here, beside the running step, and not between two steps.
-                self._inbox.put(message.request() if isinstance(message, AddRequest) else message)
+                now = time.monotonic()
+                if now - last_beat >= BEAT_SECONDS:
+                    beats.send_multipart(beat)
+                    last_beat = now
+                with suppress(zmq.Again):
+                    frames = [frame.buffer for frame in inbox.recv_multipart(copy=False)]
+                    message = decoder.decode(frames)
+                    # Unpacked here, beside the running step, and not between two steps.
+                    self._inbox.put(
+                        message.request() if isinstance(message, AddRequest) else message
+                    )
         except Exception:
             # A core that steps and hears nothing would look healthy for ever.
             logger.exception("messages of the front cannot be read")
@@ -170,6 +192,7 @@ class _CoreLoop:
             else:
                 if not self._take_messages(wait=HEARTBEAT_SECONDS):
                     return
+                self._core.report_residency()
                 self._core.control_boundary()
                 self._say([])
                 if not checked and time.monotonic() - idle_since > _IDLE_CHECK_SECONDS:
@@ -227,7 +250,7 @@ class _CoreLoop:
             return
         for request in ended:
             del self._requests[request.request_id]
-        message = FromCore(
+        message = CoreReport(
             stats=EngineStats.of(self._core.scheduler, self._traffic, self._core.control),
             ended=[EndedRequest.of(request) for request in ended],
             calls_done=self._calls_done,

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from math import inf
 from multiprocessing.connection import Connection
@@ -23,6 +24,7 @@ from helm_engine.config import EngineConfig
 from helm_engine.core_process import CoreAddresses, run_core_process
 from helm_engine.engine_messages import (
     AddRequest,
+    Beat,
     ForgetUser,
     FromCore,
     SetTarget,
@@ -51,6 +53,7 @@ class EngineClient:
         config: EngineConfig,
         hang_seconds: float,
         main: Callable[..., None] = run_core_process,
+        tells_residency: bool = False,
     ) -> None:
         """Starts the process; must be called inside a running event loop.
 
@@ -58,6 +61,8 @@ class EngineClient:
             config: the engine's.
             hang_seconds: a core that says nothing for so long is killed.
             main: main function of the process.
+            tells_residency: whether it tells this process what it holds; `ServedModel.config` then
+                says at which addresses.
         """
         self._loop = asyncio.get_running_loop()
         self._hang_seconds = hang_seconds
@@ -66,7 +71,7 @@ class EngineClient:
         self._waiting: dict[str, tuple[Request, asyncio.Future[Request]]] = {}
         self._calls: dict[int, asyncio.Future[float]] = {}
         self._numbers = count()
-        self._last_heard = self._last_checked = time.monotonic()
+        self._last_heard = self._last_checked = self._last_beat = time.monotonic()
         self._watch: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[int] | None = None
         self._is_ready = False
@@ -76,6 +81,13 @@ class EngineClient:
         """Set, with the reason, once the core's process is no longer of use."""
         self._directory = Path(tempfile.mkdtemp(prefix="helm-engine-"))
         self._context = zmq.Context()
+        if tells_residency:
+            residency = replace(
+                config.residency,
+                endpoint=self._address("events"),
+                replay_endpoint=self._address("replay"),
+            )
+            config = replace(config, residency=residency)
         try:
             self._start(config, main)
         except BaseException:
@@ -153,7 +165,7 @@ class EngineClient:
         # This side connects: sending then never waits, not even for a core that is gone.
         self._outbox.connect(self._address("to-core"))
         self._is_ready = True
-        self._last_heard = self._last_checked = time.monotonic()
+        self._last_heard = self._last_checked = self._last_beat = time.monotonic()
         self._check_heartbeat()
         return said
 
@@ -221,6 +233,17 @@ class EngineClient:
             if not call.done():
                 call.set_exception(error)
 
+    def silence(self) -> float:
+        """Seconds since the core's process last showed that it runs; a long step does not count."""
+        self._read()
+        return time.monotonic() - self._last_beat
+
+    def abandon(self, reason: str) -> None:
+        """Withdraws all requests, whose callers get an error and may ask another engine."""
+        for request_id in self._waiting:
+            self._send(WithdrawRequest(request_id))
+        self.fail_pending(reason)
+
     async def drain(self) -> None:
         """Waits until no request is in flight."""
         while self._waiting and self.is_alive:
@@ -270,7 +293,10 @@ class EngineClient:
             self._take(self._decoder.decode(frames))
 
     def _take(self, message: FromCore) -> None:
-        self._last_heard = time.monotonic()
+        self._last_beat = time.monotonic()
+        if isinstance(message, Beat):
+            return
+        self._last_heard = self._last_beat
         self.stats = message.stats
         for ended in message.ended:
             waiting = self._waiting.get(ended.request_id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,6 +16,7 @@ from helm_engine.engine_core import EngineCore
 from helm_engine.input_processor import InputProcessor, new_user_key
 from helm_engine.page_values import page_value_estimator
 from helm_engine.protocol import parse_request
+from helm_engine.residency_publisher import ResidencyPublisher
 from helm_engine.sample_request import sample_request
 from helm_engine.scheduler import build_scheduler
 from helm_engine.served_model import ServedModel
@@ -29,7 +29,7 @@ from model_executor.checkpoint import (
     model_version,
     tables_version,
 )
-from model_executor.cost_profile import load_cost_profile
+from model_executor.cost_profile import CostProfile, load_cost_profile
 from model_executor.exceptions import RowsUnavailableError, TablesMismatchError
 from model_executor.host_store import HOST_NUMBER_BYTES, HostStore, MemoryMappedTables
 from model_executor.memory_ledger import activation_bound
@@ -48,6 +48,14 @@ class LoadedEngine:
     processor: InputProcessor
     """For requests that are made in this process."""
     core: EngineCore
+    residency: ResidencyPublisher | None
+    """Tells routers what the engine holds; None = nobody listens."""
+
+    def close(self) -> None:
+        """Ends the threads; nothing may be asked after it."""
+        if self.residency is not None:
+            self.residency.close()
+        self.runner.close()
 
 
 def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = None) -> LoadedEngine:
@@ -63,7 +71,8 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         HelmError: the first step failed.
         PoolTooSmallError: the pool cannot hold what one request may need.
         ValueError: the device, the attention backend or the host tier is not available, the
-            cost profile cannot be read, or the controller is unknown or cannot do without one.
+            cost profile cannot be read, the controller is unknown or cannot do without one, or an
+            address for events cannot be used.
     """
     model_config = load_config(config.model_dir)
     device = _device(config.executor.device)
@@ -107,6 +116,9 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         memory=runner.memory,
         activation_bound=bound,
         can_retrieve=runner.retrieval_head is not None,
+        cost_profile=None
+        if config.cost_profile is None
+        else load_cost_profile(config.cost_profile),
     )
     _log_memory(served)
     _log_capabilities(served)
@@ -122,12 +134,16 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         table.num_rows,
         rules,
         poisons,
-        _page_values(config.cost_profile, layout, table.num_rows),
+        _page_values(served.cost_profile, layout, table.num_rows),
         config.host_tier.refill,
         HOST_NUMBER_BYTES * model_config.row_dim,
     )
     control = build_control(config.controller, scheduler, clock.now())
-    return LoadedEngine(served, runner, processor, EngineCore(scheduler, runner, clock, control))
+    residency = None
+    if config.residency.endpoint is not None:
+        residency = ResidencyPublisher(config.residency, served.name, scheduler.kv, scheduler.emb)
+    core = EngineCore(scheduler, runner, clock, control, residency)
+    return LoadedEngine(served, runner, processor, core, residency)
 
 
 def _open_host_tier(config: EngineConfig, model_config: ModelConfig) -> HostStore:
@@ -147,12 +163,12 @@ def _open_host_tier(config: EngineConfig, model_config: ModelConfig) -> HostStor
 
 
 def _page_values(
-    cost_profile: Path | None, layout: PoolLayout, num_rows: int
+    cost_profile: CostProfile | None, layout: PoolLayout, num_rows: int
 ) -> PageValueEstimator | None:
     """What watches the worth of pages, where the device's costs are known."""
     if cost_profile is None:
         return None
-    return page_value_estimator(load_cost_profile(cost_profile), layout, num_rows)
+    return page_value_estimator(cost_profile, layout, num_rows)
 
 
 def _warm_up(

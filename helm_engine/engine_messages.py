@@ -144,6 +144,7 @@ class EndedRequest(msgspec.Struct, frozen=True):
     load_ms: float
     prefill_ms: float
     score_ms: float
+    own_ms: float
 
     @classmethod
     def of(cls, request: Request) -> EndedRequest:
@@ -161,6 +162,7 @@ class EndedRequest(msgspec.Struct, frozen=True):
             load_ms=request.timings_ms.load,
             prefill_ms=request.timings_ms.prefill,
             score_ms=request.timings_ms.score,
+            own_ms=request.own_ms,
         )
 
     def complete(self, request: Request) -> None:
@@ -176,6 +178,7 @@ class EndedRequest(msgspec.Struct, frozen=True):
         request.first_scheduled = self.first_scheduled
         request.finished_at = self.finished_at
         request.timings_ms = StepTimings(self.load_ms, self.prefill_ms, self.score_ms)
+        request.own_ms = self.own_ms
 
 
 class CallDone(msgspec.Struct, frozen=True):
@@ -185,9 +188,16 @@ class CallDone(msgspec.Struct, frozen=True):
     value: float
 
 
-class FromCore(msgspec.Struct, frozen=True):
-    """What happened since the last message; also sent now and then when nothing did."""
+class CoreReport(msgspec.Struct, tag="report", frozen=True):
+    """What happened since the last report; also sent now and then when nothing did."""
 
     stats: EngineStats
     ended: list[EndedRequest] = []
     calls_done: list[CallDone] = []
+
+
+class Beat(msgspec.Struct, tag="beat", frozen=True):
+    """The process runs, though a step may take long: it comes from beside the step loop."""
+
+
+FromCore = CoreReport | Beat

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from helm_engine.config import EngineConfig
 from helm_engine.engine_client import EngineClient
 from helm_engine.exceptions import ControllerActiveError, EngineUnavailableError, ReloadError
-from helm_engine.input_processor import InputProcessor, new_user_key
+from helm_engine.fleet_member import CoreClient, Engine
+from helm_engine.input_processor import new_user_key
 from helm_engine.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -24,15 +25,6 @@ LONGEST_PAUSE_SECONDS = 30.0
 _STOPPED = "the engine has stopped"
 
 
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """An engine that is ready."""
-
-    client: EngineClient
-    served: ServedModel
-    processor: InputProcessor
-
-
 class EngineSupervisor:
     """Owns the engine that answers, the one that warms up, and those that finish their last."""
 
@@ -41,6 +33,8 @@ class EngineSupervisor:
         config: EngineConfig,
         start: Callable[[EngineConfig], EngineClient],
         start_seconds: float = 600.0,
+        name: str = "0",
+        user_key: bytes | None = None,
     ) -> None:
         """Starts nothing yet.
 
@@ -48,7 +42,10 @@ class EngineSupervisor:
             config: of the first engine.
             start: starts an engine's process.
             start_seconds: an engine that is not ready after so long is given up.
+            name: of this engine among those of a fleet.
+            user_key: keys the hashes of users; a random one by default.
         """
+        self.name = name
         self.config = config
         self.num_restarts = 0
         """Engines that died or hung and were started anew."""
@@ -56,19 +53,43 @@ class EngineSupervisor:
         self._start = start
         self._start_seconds = start_seconds
         # One key for all engines: a user's tag must not change with a restart.
-        self._user_key = new_user_key()
+        self._user_key = user_key or new_user_key()
         self._engine: Engine | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._launching: set[EngineClient] = set()
         self._is_closed = False
         self._reloading = asyncio.Lock()
-        self._retiring: dict[asyncio.Task[None], EngineClient] = {}
+        self._retiring: dict[asyncio.Task[None], CoreClient] = {}
         self._why_none = "the engine is starting"
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the model is served."""
+        return self.config.model_name
 
     @property
     def is_ready(self) -> bool:
         """Whether requests can be answered."""
-        return self._engine is not None and self._engine.client.is_alive
+        return self.current is not None
+
+    @property
+    def current(self) -> Engine | None:
+        """The engine that answers, or None while there is none that lives."""
+        engine = self._engine
+        return engine if engine is not None and engine.client.is_alive else None
+
+    @property
+    def is_leaving(self) -> bool:
+        """Never: this process decides when its engines end."""
+        return False
+
+    @property
+    def why_none(self) -> str:
+        """Why no engine answers."""
+        engine = self._engine
+        if engine is not None and engine.client.ended.done():
+            return engine.client.ended.result()
+        return self._why_none
 
     @property
     def engine(self) -> Engine:
@@ -82,9 +103,9 @@ class EngineSupervisor:
         return self._engine
 
     @property
-    def clients(self) -> list[EngineClient]:
+    def clients(self) -> list[CoreClient]:
         """All engines that hold users' KV: the one that answers and those that finish."""
-        current = [] if self._engine is None else [self._engine.client]
+        current: list[CoreClient] = [] if self._engine is None else [self._engine.client]
         return current + list(self._retiring.values())
 
     async def start(self) -> ServedModel:
@@ -189,7 +210,12 @@ class EngineSupervisor:
             self._retiring[retiring] = before.client
             retiring.add_done_callback(self._retiring.pop)
 
-    async def _retire(self, client: EngineClient) -> None:
+    async def settled(self) -> None:
+        """Waits until engines that were replaced have finished their last and are gone."""
+        if self._retiring:
+            await asyncio.wait(list(self._retiring))
+
+    async def _retire(self, client: CoreClient) -> None:
         await client.drain()
         status = await client.close()
         if status:
@@ -231,7 +257,7 @@ class EngineSupervisor:
         return not any(await asyncio.gather(*(client.close() for client in clients)))
 
 
-def _with_split_of(client: EngineClient, config: EngineConfig) -> EngineConfig:
+def _with_split_of(client: CoreClient, config: EngineConfig) -> EngineConfig:
     """Where a controller moves the boundary, the next engine begins where this one stood last."""
     share = client.stats.emb_fraction_committed
     if config.controller.name is None or not share:

@@ -84,6 +84,13 @@ class ModelNotFoundError(HelmError):
     error_type = "not_found_error"
 
 
+class EngineNotFoundError(HelmError):
+    """The fleet has no engine of that name."""
+
+    status = 404
+    error_type = "not_found_error"
+
+
 class QueueFullError(HelmError):
     """As many requests wait as may wait."""
 

@@ -78,6 +78,9 @@ class Request:
     first_scheduled: float | None = None
     finished_at: float = 0.0
     timings_ms: StepTimings = _NO_TIMINGS
+    own_ms: float = 0.0
+    """Its part of its steps' time, by its part of their tokens: over all requests these add up to
+    the time that the engine was busy."""
     error: HelmError | None = None
 
     def __post_init__(self) -> None:

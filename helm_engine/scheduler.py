@@ -358,11 +358,15 @@ class Scheduler:
         self.emb.commit(step.rows)
         self.refills.settle(output.refilled, output.refill_failed, now)
         finished = []
+        timings = output.timings_ms
+        tokens = sum(one.num_rows + one.num_candidates for one in step.requests)
+        token_ms = (timings.load + timings.prefill + timings.score) / max(1, tokens)
         for scheduled in step.requests:
             live = self._live.get(scheduled.request_id)
             if live is None:
                 continue  # Withdrawn while the step ran.
             request = live.request
+            request.own_ms += token_ms * (scheduled.num_rows + scheduled.num_candidates)
             self._commit(request, scheduled, output)
             if request.is_done:
                 finished.append(request)
@@ -377,7 +381,11 @@ class Scheduler:
         request.add_timings(output.timings_ms)
         request.num_computed = scheduled.start + scheduled.num_rows
         self.kv.cache_blocks(
-            request.request_id, request.block_hashes, request.num_computed, request.user_tag
+            request.request_id,
+            request.block_hashes,
+            request.num_computed,
+            request.user_tag,
+            request.tokens,
         )
         if isinstance(scheduled.task, CandidateScoring):
             request.take_scores(output.candidate_scores[request.request_id])

@@ -8,6 +8,7 @@ from block_manager.pool_layout import PoolLayout
 from helm_engine.config import EngineConfig
 from helm_engine.input_processor import InputProcessor
 from model_executor.capabilities import Capabilities
+from model_executor.cost_profile import CostProfile
 from model_executor.device_memory import DeviceMemory
 from model_executor.model_config import ModelConfig
 
@@ -26,6 +27,8 @@ class ServedModel:
     activation_bound: int
     """Bytes that a step adds to what stays on the device, at most."""
     can_retrieve: bool
+    cost_profile: CostProfile | None = None
+    """What work costs on its device, where that was measured."""
 
     @property
     def name(self) -> str:

@@ -1,9 +1,10 @@
-"""What changes the server: reloading a model, moving the pool's boundary, forgetting a user."""
+"""What changes the server: its model, the pools' boundaries, who gets requests, forgotten users."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 from urllib.parse import unquote_to_bytes
 
@@ -62,7 +63,10 @@ class BoundaryRequest(BaseModel):
 
 
 class BoundaryState(BaseModel):
-    """Answer of `PUT` and `GET /v1/admin/boundary`: shares of the pool's pages, 0..1."""
+    """Answer of `PUT` and `GET /v1/admin/boundary`: shares of the pool's pages, 0..1.
+
+    With several engines shares are their means and pages their sum.
+    """
 
     target: float
     """Asked for."""
@@ -72,6 +76,16 @@ class BoundaryState(BaseModel):
     """Held by embedding rows now."""
     lag_pages: int
     """Pages that embedding rows have yet to get; below 0: to give."""
+
+
+class EngineState(BaseModel):
+    """Answer of `POST /v1/admin/engines/{engine}:drain` and `:resume`."""
+
+    engine: str
+    draining: bool
+    """Whether it gets no further requests."""
+    in_flight: int
+    """Requests of this server that it has yet to finish."""
 
 
 class ForgottenUser(BaseModel):
@@ -95,7 +109,7 @@ async def reload(request: Request, body: ReloadRequest | None = None) -> Reloade
         raise ending
     wanted = None if body is None or body.model_dir is None else Path(body.model_dir)
     try:
-        served = await state.recommender.supervisor.reload(wanted)
+        served = await state.recommender.fleet.reload(wanted)
     except asyncio.CancelledError:
         # A server that ends does not wait for a model to load.
         raise ending from None
@@ -109,7 +123,7 @@ async def set_boundary(request: Request, body: BoundaryRequest) -> BoundaryState
     Pages change hands between steps while requests run; `lag_pages` says how many have yet to.
     Where a controller moves the boundary, the answer is 409 and nothing changes.
     """
-    await request.app.state.recommender.supervisor.set_target(body.emb_fraction)
+    await request.app.state.recommender.fleet.set_target(body.emb_fraction)
     return _boundary(request)
 
 
@@ -120,18 +134,39 @@ async def get_boundary(request: Request) -> BoundaryState:
 
 
 def _boundary(request: Request) -> BoundaryState:
-    """The engine's last report of its boundary.
+    """The engines' last reports of their boundaries.
 
     Raises:
         EngineUnavailableError: no engine is ready.
     """
-    stats = request.app.state.recommender.supervisor.engine.client.stats
+    reports = request.app.state.recommender.fleet.reports
     return BoundaryState(
-        target=stats.emb_fraction_target,
-        reachable=stats.emb_fraction_reachable,
-        committed=stats.emb_fraction_committed,
-        lag_pages=stats.boundary_lag_pages,
+        target=fmean(stats.emb_fraction_target for stats in reports),
+        reachable=fmean(stats.emb_fraction_reachable for stats in reports),
+        committed=fmean(stats.emb_fraction_committed for stats in reports),
+        lag_pages=sum(stats.boundary_lag_pages for stats in reports),
     )
+
+
+@router.post("/v1/admin/engines/{engine:any}:drain", responses=error_responses(403, 404))
+async def drain(request: Request, engine: str) -> EngineState:
+    """Give an engine no further requests; it finishes those that it has. Needs the admin key.
+
+    With all engines drained requests go on being answered.
+    """
+    return _set_drained(request, engine, True)
+
+
+@router.post("/v1/admin/engines/{engine:any}:resume", responses=error_responses(403, 404))
+async def resume(request: Request, engine: str) -> EngineState:
+    """Give a drained engine requests again; needs the admin key."""
+    return _set_drained(request, engine, False)
+
+
+def _set_drained(request: Request, engine: str, is_drained: bool) -> EngineState:
+    post = request.app.state.recommender.fleet.set_drained(engine, is_drained)
+    in_flight = sum(client.num_in_flight for client in post.member.clients)
+    return EngineState(engine=engine, draining=is_drained, in_flight=in_flight)
 
 
 @router.post("/v1/users/{user:any}:forget")
@@ -145,5 +180,5 @@ async def forget(
     except UnicodeDecodeError as error:
         # The server put replacement characters there: this would be somebody else.
         raise InvalidRequestError("user: is not UTF-8", "user") from error
-    number = await request.app.state.recommender.forget_user(user)
+    number = await request.app.state.recommender.fleet.forget_user(user)
     return ForgottenUser(user=user, blocks_forgotten=number)

@@ -1,4 +1,4 @@
-"""The HTTP front: one application over one engine, which runs in a process of its own."""
+"""The HTTP front: one application over engines that run in processes of their own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from block_manager.exceptions import IntegrityError
 from helm_engine.admission import Admission
 from helm_engine.async_recommender import AsyncRecommender
 from helm_engine.config import EngineConfig, ServerConfig
-from helm_engine.engine_client import EngineClient
-from helm_engine.engine_supervisor import EngineSupervisor
+from helm_engine.engine_fleet import EngineFleet
 from helm_engine.entrypoints import admin_routes, status_routes
 from helm_engine.entrypoints.api_keys import ApiKeys, KeySet
 from helm_engine.entrypoints.body_limit import BodyLimit
@@ -30,6 +29,7 @@ from helm_engine.entrypoints.recommend_routes import recommend_router
 from helm_engine.entrypoints.request_ids import RequestIds
 from helm_engine.entrypoints.tracing import Tracer
 from helm_engine.exceptions import HelmError
+from helm_engine.fleet_members import make_members
 from helm_engine.protocol import RECOMMEND_PATHS
 from helm_engine.request_trace.recorder import TraceRecorder
 from helm_engine.served_model import ServedModel
@@ -39,30 +39,27 @@ logger = logging.getLogger(__name__)
 
 
 class ApiFront:
-    """The application, and the engine behind it."""
+    """The application, and the engines behind it."""
 
     def __init__(
         self,
         config: EngineConfig,
         server: ServerConfig,
-        announce: Callable[[ServedModel], None],
+        announce: Callable[[ServedModel, int], None],
     ) -> None:
         """Starts nothing yet.
 
         Args:
-            config: the engine's.
+            config: of each engine of its own.
             server: the front's.
-            announce: called once requests can be answered.
+            announce: called with the model and the number of engines once requests can be answered.
 
         Raises:
-            ValueError: a key is malformed, or traces are wanted and cannot be made.
+            ValueError: a key is malformed, the routing policy is unknown, or traces are wanted and
+                cannot be made.
         """
         self._announce = announce
-        self._supervisor = EngineSupervisor(
-            config,
-            lambda engine: EngineClient(engine, server.hang_timeout),
-            server.start_timeout,
-        )
+        self._fleet = EngineFleet(make_members(config, server), server.fleet)
         self._reloads: set[asyncio.Task[None]] = set()
         self.ended_in_order = True
         """Whether the engines' books added up when they ended."""
@@ -80,15 +77,16 @@ class ApiFront:
         async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             yield
             try:
-                self.ended_in_order = await self._supervisor.close()
+                self.ended_in_order = await self._fleet.close()
             finally:
                 if recorder is not None:
                     await asyncio.to_thread(recorder.close)
                 await asyncio.to_thread(tracer.close)
 
         self.app = FastAPI(title="HELM Engine", version=__version__, lifespan=lifespan)
-        recommender = AsyncRecommender(self._supervisor, recorder)
+        recommender = AsyncRecommender(self._fleet, recorder)
         self._admission = admission = Admission.to(config.scheduler)
+        self._fleet.on_change = self._resize
         self.app.state.recommender = recommender
         self.app.state.admission = admission
         self.app.state.tracer = tracer
@@ -109,12 +107,12 @@ class ApiFront:
         self.app.openapi = lambda: describe(self.app, config.limits)  # type: ignore[method-assign]
 
     async def start(self) -> None:
-        """Starts the engine and says so.
+        """Starts the engines and says so.
 
-        Raises what `EngineSupervisor.start` raises, and ValueError if the trace cannot be written.
+        Raises what `EngineFleet.start` raises, and ValueError if the trace cannot be written.
         """
         try:
-            served = await self._supervisor.start()
+            served = await self._fleet.start()
             if self._recorder is not None:
                 self._recorder.begin(served)
         except BaseException:
@@ -123,7 +121,12 @@ class ApiFront:
             raise
         gc.collect()
         gc.freeze()
-        self._announce(served)
+        self._announce(served, len(self._fleet.posts))
+
+    def _resize(self) -> None:
+        """Holds as many requests as may run and wait in the engines that are there."""
+        # Without any the queue is that of one engine: its clients are told why there is none.
+        self._admission.limit = self._fleet.capacity or self._admission.limit
 
     def begin_draining(self) -> None:
         """New requests are refused from now on."""
@@ -136,7 +139,7 @@ class ApiFront:
 
     def give_up(self) -> None:
         """Answers all that still wait with an error."""
-        self._supervisor.fail_pending("the server is shutting down")
+        self._fleet.fail_pending("the server is shutting down")
 
     def reload(self) -> None:
         """Reads the model again; the log says how it went."""
@@ -148,7 +151,7 @@ class ApiFront:
 
     async def _reload(self) -> None:
         try:
-            served = await self._supervisor.reload(None)
+            served = await self._fleet.reload(None)
         except HelmError as error:
             logger.error("%s", error)
         else:
@@ -159,15 +162,15 @@ def serve(
     config: EngineConfig,
     server: ServerConfig,
     bound: socket.socket,
-    announce: Callable[[ServedModel], None],
+    announce: Callable[[ServedModel, int], None],
 ) -> None:
     """Serves a model until SIGTERM or SIGINT.
 
     Args:
-        config: the engine's.
+        config: of each engine of its own.
         server: the front's.
         bound: from `open_socket`.
-        announce: called once requests can be answered.
+        announce: called with the model and the number of engines once requests can be answered.
 
     Raises:
         ValueError: the model or a setting cannot be served; see `load_engine`.

@@ -15,6 +15,8 @@ from helm_engine.entrypoints.bench import bench
 from helm_engine.entrypoints.boundary import EXAMPLES as BOUNDARY_EXAMPLES
 from helm_engine.entrypoints.boundary import boundary
 from helm_engine.entrypoints.command import CommandError, HelmCommand, HelmGroup
+from helm_engine.entrypoints.engine import EXAMPLES as ENGINE_EXAMPLES
+from helm_engine.entrypoints.engine import engine
 from helm_engine.entrypoints.engine_options import (
     ENGINE_CONTEXT,
 )
@@ -55,6 +57,7 @@ _SERVE_EXAMPLES = f"""
 Examples:
   helm-engine serve examples/models/hstu-ml-100k
   helm-engine serve MODEL_DIR --pool-bytes 8GiB --emb-fraction 0.3 --device cuda
+  helm-engine serve MODEL_DIR --num-engines 4
   HELM_PORT=9000 helm-engine serve MODEL_DIR --config engine.toml
   helm-engine serve MODEL_DIR --pool-bytes 8GiB --dump-config > engine.toml
 {_PRECEDENCE}"""
@@ -93,6 +96,11 @@ def main_options(
 
 
 app.command(cls=HelmCommand, context_settings=ENGINE_CONTEXT, epilog=_SERVE_EXAMPLES)(serve)
+
+
+app.command(cls=HelmCommand, context_settings=ENGINE_CONTEXT, epilog=ENGINE_EXAMPLES + _PRECEDENCE)(
+    engine
+)
 
 
 app.command(

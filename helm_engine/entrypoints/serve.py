@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 from block_manager.exceptions import IntegrityError
 from helm_engine.entrypoints.command import CommandError
 from helm_engine.entrypoints.engine_options import EngineOptions, takes_engine_options
+from helm_engine.entrypoints.fleet_options import FleetOptions
 from helm_engine.entrypoints.server_options import ServerOptions
 from helm_engine.entrypoints.waiting import SlowNotice
 from helm_engine.exceptions import HelmError
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 def serve(
     options: EngineOptions,
     server: ServerOptions,
+    fleet: FleetOptions,
     notice: SlowNotice,
     model: Annotated[
         Path,
@@ -47,7 +50,8 @@ def serve(
     notice.say(f"loading {model}")
     host, port = server.host, server.port
     try:
-        config, front = options.resolve(model), server.resolve()
+        config = options.resolve(model)
+        front = replace(server.resolve(), fleet=fleet.resolve())
         bound = http_server.open_socket(host, port)
     except ValueError as error:
         raise CommandError(str(error)) from error
@@ -56,9 +60,9 @@ def serve(
             f"{host}:{port}: cannot listen: {error.strerror}; --port picks another"
         ) from error
 
-    def announce(served: ServedModel) -> None:
+    def announce(served: ServedModel, num_engines: int) -> None:
         notice.end()
-        print(_welcome(served, host, bound.getsockname()[1]), flush=True)
+        print(_welcome(served, num_engines, host, bound.getsockname()[1]), flush=True)
 
     try:
         api_server.serve(config, front, bound, announce)
@@ -69,12 +73,13 @@ def serve(
         raise typer.Exit(1) from error
 
 
-def _welcome(served: ServedModel, host: str, port: int) -> str:
+def _welcome(served: ServedModel, num_engines: int, host: str, port: int) -> str:
     """What the operator sees once requests can be answered."""
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     memory, layout = served.memory, served.layout
+    engines = f" with {num_engines} engines, each of which has" if num_engines > 1 else ""
     return (
-        f"HELM Engine {__version__} serves {served.name} on {address}\n"
+        f"HELM Engine {__version__} serves {served.name} on {address}{engines}\n"
         f"pool: {layout.num_pages} pages of {layout.page_bytes} bytes "
         f"(KV {layout.num_kv_pages}, EMB {layout.num_emb_pages}), "
         f"{memory.staging} bytes of staging; weights: {memory.weights} bytes; "

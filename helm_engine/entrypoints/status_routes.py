@@ -57,9 +57,7 @@ async def health(request: Request) -> Response:
     state = request.app.state
     if state.is_draining:
         raise EngineUnavailableError("the server is shutting down")
-    engine = state.recommender.supervisor.engine
-    if not engine.client.is_alive:
-        raise EngineUnavailableError("the engine has ended")
+    _ = state.recommender.fleet.served
     return Response()
 
 
@@ -72,7 +70,7 @@ async def version() -> dict[str, str]:
 @router.get("/load")
 async def load(request: Request) -> dict[str, int]:
     """Requests that run or wait."""
-    clients = request.app.state.recommender.supervisor.clients
+    clients = request.app.state.recommender.fleet.clients
     return {"server_load": sum(client.num_in_flight for client in clients)}
 
 
@@ -100,6 +98,7 @@ async def info(request: Request) -> dict[str, Any]:
         "executor": asdict(config.executor),
         "host_tier": config.host_tier.describe(),
         "controller": asdict(config.controller),
+        "engines": request.app.state.recommender.fleet.describe(),
     }
 
 
@@ -111,7 +110,7 @@ async def metrics(request: Request) -> Response:
 
 
 def _served(request: Request) -> ServedModel:
-    served: ServedModel = request.app.state.recommender.supervisor.engine.served
+    served: ServedModel = request.app.state.recommender.fleet.served
     return served
 
 

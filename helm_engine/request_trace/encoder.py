@@ -22,7 +22,6 @@ from helm_engine.request_trace.siphash import SipKey, hashed_ids
 from helm_engine.served_model import ServedModel
 from helm_engine.version import __version__
 from model_executor.capabilities import step_rules
-from model_executor.cost_profile import load_cost_profile
 from model_executor.step import NO_ROW
 
 Int64Array = npt.NDArray[np.int64]
@@ -51,14 +50,10 @@ class _Known(NamedTuple):
 
 
 def header_of(served: ServedModel) -> TraceHeader:
-    """What a trace says of the engine that took its requests.
-
-    Raises:
-        ValueError: the cost profile cannot be read.
-    """
+    """What a trace says of the engine that took its requests."""
     config, layout, model = served.config, served.layout, served.model_config
     rules = step_rules(model, served.capabilities)
-    scheduler, costs = config.scheduler, config.cost_profile
+    scheduler = config.scheduler
     return TraceHeader(
         engine_version=__version__,
         pool_bytes=config.pool.pool_bytes,
@@ -81,7 +76,7 @@ def header_of(served: ServedModel) -> TraceHeader:
         link_bytes_per_second=config.host_tier.link_bytes_per_second,
         slo_ms=config.controller.slo_ms,
         controller=config.controller.name,
-        profile=None if costs is None else load_cost_profile(costs),
+        profile=served.cost_profile,
     )
 
 

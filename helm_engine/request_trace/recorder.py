@@ -127,9 +127,10 @@ class TraceRecorder:
         """Waits for a request as its client does, and records it whatever becomes of it."""
         status = CLIENT_LEFT
         try:
-            ended = await running
+            # With several engines the one that was answered may be a copy.
+            request = await running
             status = 200
-            return ended
+            return request
         except HelmError as error:
             status = error.status
             raise
@@ -153,11 +154,7 @@ class TraceRecorder:
     def _is_same_engine(self, served: ServedModel) -> bool:
         """Whether the header still holds; after a reload it may not."""
         if not any(served is known for known in self._served):
-            try:
-                holds = header_of(served) == self._header
-            except ValueError:  # Its cost profile is gone, say: no reason to fail a request.
-                holds = False
-            if not holds:
+            if header_of(served) != self._header:
                 logger.warning("%s: a model of other pages or tables is served", self._path)
                 self._is_open = False
                 self._queue.put(TraceEnd("another engine"))

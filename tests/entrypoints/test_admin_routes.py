@@ -24,7 +24,7 @@ def test_a_reload_that_is_cut_off_is_answered_with_503() -> None:
         install_error_handlers(app)
         app.include_router(admin_routes.router)
         app.state.is_draining = False
-        app.state.recommender = SimpleNamespace(supervisor=SimpleNamespace(reload=reload))
+        app.state.recommender = SimpleNamespace(fleet=SimpleNamespace(reload=reload))
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             asking = asyncio.create_task(client.post("/v1/admin/reload"))

@@ -17,6 +17,7 @@ from helm_engine import exceptions
 from helm_engine.array_frames import INLINE_BYTES, FrameDecoder, FrameEncoder
 from helm_engine.engine_messages import (
     AddRequest,
+    CoreReport,
     EndedRequest,
     ForgetUser,
     FromCore,
@@ -118,8 +119,9 @@ def test_an_outcome_reaches_the_front_whole() -> None:
     ended.rows_requested, ended.rows_resident = 7, 6
     ended.first_scheduled, ended.finished_at = 2.0, 3.0
     ended.timings_ms = StepTimings(1.0, 2.0, 3.0)
-    frames = FrameEncoder().encode(FromCore(EngineStats(steps=8), [EndedRequest.of(ended)]))
+    frames = FrameEncoder().encode(CoreReport(EngineStats(steps=8), [EndedRequest.of(ended)]))
     message = FrameDecoder[FromCore](FromCore).decode(frames)
+    assert isinstance(message, CoreReport)
     waiting = _request(9)
     message.ended[0].complete(waiting)
     assert message.stats.steps == 8

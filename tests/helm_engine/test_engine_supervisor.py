@@ -15,6 +15,7 @@ import pytest
 
 from helm_engine.async_recommender import AsyncRecommender
 from helm_engine.config import EngineConfig
+from helm_engine.engine_fleet import EngineFleet
 from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.exceptions import EngineUnavailableError, HelmError, ReloadError
 from helm_engine.protocol import Recommendation, parse_request
@@ -48,7 +49,7 @@ class Front:
 
     def __init__(self, config: EngineConfig) -> None:
         self.supervisor = EngineSupervisor(config, lambda one: held_client(one, hang_seconds=30))
-        self.recommender = AsyncRecommender(self.supervisor)
+        self.recommender = AsyncRecommender(EngineFleet([self.supervisor]))
 
     async def ask(self) -> Recommendation:
         return await self.recommender.recommend(parse_request(BODY))
@@ -105,7 +106,8 @@ def test_a_core_that_died_is_replaced_and_answers_as_before(config: EngineConfig
                 assert after.usage.cached_tokens == 0
                 assert after.data == before.data
             metrics = front.recommender.metrics.render().decode()
-            assert 'helm:engine_restarts_total{model_name="toy"} 2.0' in metrics
+            counted = 'helm:engine_restarts_total{engine="0",model_name="toy"} 2.0'
+            assert counted in metrics
             assert await front.supervisor.close()
 
     run(scenario)
@@ -171,7 +173,7 @@ def test_requests_in_flight_end_on_the_model_they_began_on(
             after = await front.ask()
             assert not in_flight.done()
             assert len(front.supervisor.clients) == 2
-            forgotten = asyncio.create_task(front.recommender.forget_user("ada"))
+            forgotten = asyncio.create_task(front.recommender.fleet.forget_user("ada"))
             await asyncio.sleep(0.05)
             hold.release()
             before = await in_flight

@@ -11,6 +11,7 @@ import pytest
 
 from helm_engine.async_recommender import AsyncRecommender
 from helm_engine.config import SchedulerConfig
+from helm_engine.engine_fleet import EngineFleet
 from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.exceptions import DeadlineExceededError, QueueFullError, RequestAbortedError
 from helm_engine.protocol import parse_request
@@ -167,7 +168,7 @@ def test_an_answer_that_comes_too_late_is_none(tmp_path: Path) -> None:
         supervisor = EngineSupervisor(config, held_client)
         await supervisor.start()
         hold.hold()
-        asked = asyncio.create_task(AsyncRecommender(supervisor).recommend(body))
+        asked = asyncio.create_task(AsyncRecommender(EngineFleet([supervisor])).recommend(body))
         while not (hold.has_begun or asked.done()):
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.3)
