@@ -104,6 +104,11 @@ class BlockHashToBlockMap:
         self.num_blocks -= len(popped)
         return popped
 
+    def hashes_of(self, block_ids: PageIds) -> KeyWords:
+        """Own keys of blocks (int64 [n]) that have one or had one last: int64 [n, words]."""
+        words: KeyWords = self._hashes[block_ids]
+        return words
+
     # ---------------------------------------------------------------- further keys
 
     def insert_extra(self, block: int, key: bytes) -> None:

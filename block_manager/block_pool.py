@@ -15,9 +15,10 @@ import numpy as np
 
 from block_manager import kv_kernels
 from block_manager.block_hash import BlockHash
-from block_manager.block_hash_map import BLOCK_HASHES, BlockHashToBlockMap, KeyFormat
+from block_manager.block_hash_map import BLOCK_HASHES, BlockHashToBlockMap, KeyFormat, KeyWords
 from block_manager.exceptions import IntegrityError
 from block_manager.free_queue import FreeKVCacheBlockQueue
+from block_manager.kv_event_log import ClearedBlocks, KvEventLog, RemovedBlocks
 from block_manager.kv_kernels import NO_ROOM, NONE_BAD, OWN_KEY
 from block_manager.page_pool import PageIds
 
@@ -57,6 +58,8 @@ class BlockPool:
         self._by_hash = BlockHashToBlockMap(num_ids, key_format)
         self._enable_caching = enable_caching
         self.num_evictions = 0
+        self.event_log: KvEventLog | None = None
+        """Where it is noted what becomes reusable and what goes; None = nobody listens."""
         self._track_dead = track_dead
         self._dead: list[PageIds] = []
         self._load_kernels()
@@ -148,6 +151,7 @@ class BlockPool:
         self._free.num_free_blocks -= num_left
         self._by_hash.num_blocks -= num_forgotten
         self.num_evictions += num_forgotten
+        self._report_removed(forgotten[:num_forgotten])
         self._bury(forgotten[:num_forgotten])
         return block_ids, num_cached
 
@@ -218,6 +222,7 @@ class BlockPool:
         Whoever holds one goes on reading it; it leaves the pool's reach when it is freed.
         """
         forgotten = self._by_hash.pop(_contiguous(block_ids))
+        self._report_removed(forgotten)
         self._bury(forgotten[self.ref_cnt[forgotten] == 0])
         return len(forgotten)
 
@@ -225,8 +230,14 @@ class BlockPool:
         """Forgets all reusable content; False, and nothing done, while blocks are held."""
         if self.num_held_blocks:
             return False
-        self._forget_content(self.page_ids())
+        self._bury(self._by_hash.pop(self.page_ids()))
+        if self.event_log is not None:
+            self.event_log.add(ClearedBlocks())
         return True
+
+    def cached_hashes(self) -> KeyWords:
+        """Hashes of all blocks whose content can be reused, one for each: int64 [n, words]."""
+        return self._by_hash.hashes_of(np.flatnonzero(self._by_hash.key_kinds))
 
     def grow(self, page_ids: PageIds) -> None:
         """Takes pages (int64 [n]) that are not the tenant's; they are the first to be handed out.
@@ -269,8 +280,13 @@ class BlockPool:
     def _forget_content(self, block_ids: PageIds) -> int:
         """Makes blocks no longer reusable; returns how many were."""
         forgotten = self._by_hash.pop(block_ids)
+        self._report_removed(forgotten)
         self._bury(forgotten)
         return len(forgotten)
+
+    def _report_removed(self, block_ids: PageIds) -> None:
+        if self.event_log is not None and len(block_ids):
+            self.event_log.add(RemovedBlocks(self._by_hash.hashes_of(block_ids)))
 
     def _bury(self, block_ids: PageIds) -> None:
         if self._track_dead and len(block_ids):

@@ -14,6 +14,7 @@ from block_manager import row_kernels
 from block_manager.exceptions import IntegrityError
 from block_manager.free_slots import FreeSlots
 from block_manager.page_pool import PageIds
+from block_manager.row_log import RowLog
 from block_manager.row_plan import NOWHERE, RefillPlan, RowMoves, RowPlan
 from block_manager.row_policy import AgedFrequency, RowIds
 from block_manager.slot_pages import SlotPages, slots_of
@@ -79,6 +80,8 @@ class EmbeddingCache:
         self._step = 0
         self._open_plan: RowPlan | None = None
         self._open_refill: RefillPlan | None = None
+        self.row_log: RowLog | None = None
+        """Where it is noted which rows come and go; None = nobody listens."""
         self._track_dead = track_dead
         self._dead: list[npt.NDArray[np.int64]] = []
         self._admit_pages(page_ids)
@@ -227,6 +230,8 @@ class EmbeddingCache:
 
     def _evict(self, slots: npt.NDArray[np.int64]) -> None:
         """Forgets the rows of slots."""
+        if self.row_log is not None:
+            self.row_log.went(self._row_of_slot[slots])
         row_kernels.evict(slots, self._slot_of_row, self._row_of_slot)
         self._num_resident -= len(slots)
         self.num_evictions += len(slots)
@@ -235,6 +240,8 @@ class EmbeddingCache:
     def _settle(self, row_ids: RowIds, slots: npt.NDArray[np.int64]) -> None:
         """Rows can be hit in slots from now on."""
         row_kernels.settle(row_ids, slots, self._slot_of_row, self._row_of_slot)
+        if self.row_log is not None:
+            self.row_log.came(row_ids)
         self._num_resident += len(slots)
 
     def _give_back(self, slots: npt.NDArray[np.int64]) -> None:
@@ -279,6 +286,7 @@ class EmbeddingCache:
         coldest = self._pages.take_coldest(
             limit - len(unused), self._row_of_slot, self.policy.counts
         )
+        rows_before = self._rows_on(coldest) if self.row_log is not None else _NOTHING
         warm, vacant, num_cold = row_kernels.vacate(
             coldest,
             self.rows_per_page,
@@ -286,6 +294,8 @@ class EmbeddingCache:
             self._row_of_slot,
             self.policy.counts,
         )
+        if self.row_log is not None:
+            self.row_log.went(rows_before[self._slot_of_row[rows_before] == NOWHERE])
         # What was in these slots is not buried: who gets the pages does that.
         self._num_resident -= num_cold
         self.num_evictions += num_cold
@@ -301,6 +311,11 @@ class EmbeddingCache:
         self._evict(homeless)
         self._resize_policy()
         return np.concatenate([unused, coldest]), RowMoves(sources, destinations)
+
+    def _rows_on(self, page_ids: PageIds) -> RowIds:
+        """Rows that sit on pages, int64 [n]."""
+        rows = self._row_of_slot[slots_of(page_ids, self.rows_per_page)]
+        return rows[rows != NOWHERE].astype(np.int64)
 
     def forget(self, moves: RowMoves) -> None:
         """The copies may not have been made: the rows that were moved are no longer resident."""

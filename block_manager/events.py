@@ -1,9 +1,13 @@
-"""What happens to reusable KV, as messages for those who route by it: vLLM 0.32's wire format.
+"""What an engine holds, as messages for those who route by it.
 
-A batch is a msgpack array `[ts, events, data_parallel_rank]`, and each event in it a map with its
-name under "type" (vLLM's distributed/kv_events.py). Fields that say nothing are left out, and
-whoever reads must pass over fields it does not know. The same content may be stored by several
-blocks: each of them is reported, and each again when it goes.
+Reusable KV in vLLM 0.32's wire format: a batch is a msgpack array `[ts, events,
+data_parallel_rank]`, and each event in it a map with its name under "type" (vLLM's
+distributed/kv_events.py). Fields that say nothing are left out, and whoever reads must pass over
+fields it does not know. The same content may be stored by several blocks: each of them is reported,
+and each again when it goes.
+
+Embedding rows likewise, in batches of their own: which positions of a digest
+(`block_manager.row_digest`) hold a row from now on, and which no longer.
 """
 
 from __future__ import annotations
@@ -71,4 +75,37 @@ class KVEventBatch(msgspec.Struct, array_like=True, omit_defaults=True, gc=False
     ts: float
     """Seconds since the epoch."""
     events: list[BlockStored | BlockRemoved | AllBlocksCleared]
+    data_parallel_rank: int | None = None
+
+
+class RowEvent(msgspec.Struct, omit_defaults=True, gc=False, tag=True):
+    """One event of the row digest; on the wire its "type" is the name of its class."""
+
+
+class RowsStored(RowEvent):
+    """Positions of the digest hold a row from now on that held none."""
+
+    positions: bytes
+    """Little-endian uint32, ascending, distinct."""
+
+
+class RowsRemoved(RowEvent):
+    """Positions that held a row hold none from now on."""
+
+    positions: bytes
+    """Likewise."""
+
+
+class RowsCleared(RowEvent):
+    """No position holds a row any more."""
+
+
+class RowEventBatch(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    """Changes of the row digest, in the order in which they happened."""
+
+    ts: float
+    """Seconds since the epoch."""
+    events: list[RowsStored | RowsRemoved | RowsCleared]
+    num_positions: int
+    """Of the digest; every position is below it."""
     data_parallel_rank: int | None = None

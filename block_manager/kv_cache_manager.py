@@ -9,6 +9,7 @@ import numpy as np
 from block_manager.block_hash import NO_USER_TAG, BlockHash
 from block_manager.block_pool import BlockPool
 from block_manager.exceptions import IntegrityError
+from block_manager.kv_event_log import HashedTokens, StoredBlocks
 from block_manager.page_pool import PageIds
 
 
@@ -56,7 +57,12 @@ class KVCacheManager:
         return self._held[request_id]
 
     def cache_blocks(
-        self, request_id: str, hashes: Sequence[BlockHash], num_computed: int, user_tag: int
+        self,
+        request_id: str,
+        hashes: Sequence[BlockHash],
+        num_computed: int,
+        user_tag: int,
+        tokens: HashedTokens | None = None,
     ) -> None:
         """Makes those full blocks reusable whose rows have all been computed.
 
@@ -65,6 +71,7 @@ class KVCacheManager:
             hashes: of the full blocks whose K and V are final.
             num_computed: rows computed so far.
             user_tag: whose KV it is.
+            tokens: of the history, for those who listen to the pool's events; None = not told.
         """
         first = self._num_cached[request_id]
         last = min(num_computed // self.block_tokens, len(hashes))
@@ -73,6 +80,16 @@ class KVCacheManager:
             self.pool.cache_blocks(blocks, hashes[first:last])
             self._user_of_block[blocks] = user_tag
             self._num_cached[request_id] = last
+            if self.pool.event_log is not None:
+                self.pool.event_log.add(
+                    StoredBlocks(
+                        hashes=hashes[first:last],
+                        parent=hashes[first - 1] if first else None,
+                        first_token=first * self.block_tokens,
+                        tokens=tokens,
+                        user_tag=user_tag,
+                    )
+                )
 
     def forget_user(self, user_tag: int) -> int:
         """Makes a user's blocks no longer reusable; returns how many were.

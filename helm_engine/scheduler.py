@@ -377,7 +377,11 @@ class Scheduler:
         request.add_timings(output.timings_ms)
         request.num_computed = scheduled.start + scheduled.num_rows
         self.kv.cache_blocks(
-            request.request_id, request.block_hashes, request.num_computed, request.user_tag
+            request.request_id,
+            request.block_hashes,
+            request.num_computed,
+            request.user_tag,
+            request.tokens,
         )
         if isinstance(scheduled.task, CandidateScoring):
             request.take_scores(output.candidate_scores[request.request_id])

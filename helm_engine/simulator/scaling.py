@@ -24,6 +24,7 @@ from numba import njit
 from block_manager.block_hash import BlockHash
 from block_manager.block_pool import BlockPool
 from block_manager.kv_cache_manager import KVCacheManager
+from block_manager.kv_event_log import HashedTokens
 from block_manager.page_value import PageValueEstimator, SamplingConfig
 from block_manager.pool_layout import PoolLayout
 from block_manager.reuse_distance import PageCosts
@@ -190,9 +191,14 @@ class CoarseKV(KVCacheManager):
         return full
 
     def cache_blocks(
-        self, request_id: str, hashes: Sequence[BlockHash], num_computed: int, user_tag: int
+        self,
+        request_id: str,
+        hashes: Sequence[BlockHash],
+        num_computed: int,
+        user_tag: int,
+        tokens: HashedTokens | None = None,
     ) -> None:
-        """See `KVCacheManager.cache_blocks`."""
+        """See `KVCacheManager.cache_blocks`; coarse blocks have no tokens to tell of."""
         history = cast(CoarseHistory, hashes)
         full = min(num_computed // self._fine_tokens, history.num_full)
         self._full[history.person] = max(full, self._full.get(history.person, 0))
