@@ -19,7 +19,7 @@ WORKLOADS = ("steady", "trend", "burst")
 
 
 def draw_policies(path: Path, policies: list[Record]) -> None:
-    """P99 of every policy on every workload, with 95 % intervals; at the smallest scale there is."""
+    """P99 of every policy on every workload, with 95 % intervals; at the smallest scale run."""
     pyplot = _pyplot()
     scale = min(one["k"] for one in policies)
     mine = {(one["workload"], one["policy"]): one for one in policies if one["k"] == scale}

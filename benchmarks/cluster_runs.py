@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from helm_engine.controller.controller_config import ControllerConfig
 from helm_engine.simulator.cluster import (
     ClusterModel,
@@ -37,6 +39,8 @@ ROUTERS = (2, 4)
 """Beside one."""
 MIDDLE, WIDTH = 0.5, 0.8
 """EMB shares at the start are spread evenly over 0.1 to 0.9."""
+QUANTILES = (0.1, 0.5, 0.9)
+"""Of what the router expected over what it was."""
 SEARCHED = tuple(place / 10 for place in range(1, 10))
 """Static shares among which the best one is looked for..."""
 SEARCH_ENGINES_SHARE = 4
@@ -160,11 +164,11 @@ def _engines(runs: Runs, policy: str, found: ClusterResult) -> Record:
         "seed": runs.task.seed,
         "k": runs.task.scale,
         "failed": figures(found.result).failed,
-        "predicted_over_actual": found.predicted_over_actual,
+        "predicted_over_actual": np.quantile(found.predicted_over_actual, QUANTILES).tolist(),
         "emb_fraction_at_end": [
             round(float(steps["emb_pages"][-1]) / pages, 3) for steps in found.steps_of
         ],
-        "busy": [round(one, 3) for one in found.busy().tolist()],
+        "busy": [round(one, 3) for one in found.busy.tolist()],
     }
 
 

@@ -1,4 +1,4 @@
-"""What the cells of the cluster benchmark come to: means over seeds, and ratios with equal seeds."""
+"""What the cells of the cluster benchmark come to: means over seeds, ratios of equal seeds."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def along(records: Sequence[Record], cells: Sequence[Record], axis: str) -> list
 
 
 def papers_table(cells: Sequence[Record], static: Sequence[Record]) -> list[Record]:
-    """Static split or controller, `least_load` or `joint`: P99 over that of static, `least_load`."""
+    """Static split or controller, `least_load` or `joint`: P99 over that of the first of both."""
     told = [one | {"split": "best static"} for one in static]
     scales = {one["k"] for one in static}
     told += [

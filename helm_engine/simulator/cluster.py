@@ -10,23 +10,24 @@ to requests that they sent themselves; of one another they learn nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
-from typing import cast
+from typing import NamedTuple
 
 import numpy as np
 
 from helm_engine.exceptions import HelmError
 from helm_engine.request import Request
+from helm_engine.simulator.cluster_result import ClusterResult
+from helm_engine.simulator.engine_events import Batches, EngineEvents
 from helm_engine.simulator.open_loop import OpenLoop, VirtualTimer
 from helm_engine.simulator.scaling import CoarseHistory
 from helm_engine.simulator.simulation import (
     EngineModel,
     FloatArray,
-    Int64Array,
     Ledger,
     Result,
     SimulatedEngine,
@@ -35,6 +36,7 @@ from helm_engine.simulator.simulation import (
 from helm_engine.simulator.trace import Trace
 from router.cost import EngineCosts, Work
 from router.dispatcher import Assignment, Dispatcher
+from router.policies import policy_named
 
 _DELIVERY, _ENGINE = 0, 2
 """What happens first of what happens at the same time: what was told, then requests that come (1),
@@ -86,31 +88,6 @@ class ClusterModel:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterResult:
-    """What became of a trace's requests, and on which engine."""
-
-    result: Result
-    """Of all engines together; columns of the step log are those of one engine after another, and
-    pages are those of one engine, so that shares are means over engines."""
-    engine_of: Int64Array
-    """Place of the engine that each request was sent to, int64 [n]."""
-    router_of: Int64Array
-    """Who sent it, int64 [n]."""
-    predicted_ms: FloatArray
-    """Latency that the router expected, float64 [n]."""
-    steps_of: list[dict[str, FloatArray]]
-    """Columns of each engine's step log."""
-
-    @property
-    def load_spread(self) -> float:
-        """Device time of the busiest engine over the mean of all, after the warm-up; 1 = even."""
-        result = self.result
-        counted = result.trace.arrivals >= result.trace.workload.warm_up_s
-        busy = np.bincount(self.engine_of[counted], result.service_ms[counted], len(self.steps_of))
-        return float(busy.max() / busy.mean()) if busy.any() else 1.0
-
-
 def spread_fractions(engines: int, middle: float, width: float) -> tuple[float, ...]:
     """EMB shares of so many engines, evenly from `width` / 2 below the middle to as much above.
 
@@ -159,16 +136,19 @@ class _Seat:
     place: int
     name: str
     engine: SimulatedEngine
+    events: EngineEvents
     loop: OpenLoop
+    routed_ms: FloatArray
+    """Predicted milliseconds of the unfinished requests of each router, float64 [routers]."""
     planned: float = inf
     """When it is expected to do something next; older plans of it are void."""
 
 
-@dataclass(slots=True)
-class _Sent:
+class _Sent(NamedTuple):
     """A request on its way."""
 
-    router: Dispatcher
+    router: int
+    seat: _Seat
     assignment: Assignment
 
 
@@ -192,7 +172,7 @@ class Cluster:
         self.model = model
         self.ledger = Ledger(len(trace))
         self.routers = [
-            Dispatcher(policy=model.policy, seed=model.seed * 1000 + number)
+            Dispatcher(model.policy, seed=model.seed * model.routers + number)
             for number in range(model.routers)
         ]
         self.seats = [
@@ -211,9 +191,19 @@ class Cluster:
         self._order = count()
 
     def _seat(self, place: int, name: str, share: float) -> _Seat:
-        engine = SimulatedEngine(self.model.engine, share)
+        model = self.model
+        engine = SimulatedEngine(model.engine, share)
+        policy = policy_named(model.policy)
+        events = EngineEvents(engine.scheduler, policy.knows_kv, policy.knows_rows)
+        for router in self.routers:
+            router.add_engine(
+                name,
+                engine_costs(model.engine),
+                num_rows=engine.scheduler.emb.num_rows,
+                num_positions=events.num_positions,
+            )
         loop = OpenLoop(engine.core, VirtualTimer(engine.clock), self)
-        return _Seat(place, name, engine, loop)
+        return _Seat(place, name, engine, events, loop, np.zeros(model.routers))
 
     # ---------------------------------------------------------------- what happens, in order
 
@@ -240,12 +230,14 @@ class Cluster:
         """A request of the trace comes; nothing that comes from outside is earlier any more."""
         self._pass_time(when)
         request = self.trace.request(place)
-        router = self.routers[self.router_of[place]]
-        assignment = router.route(work_of(request, self.trace.setting.block_tokens), when)
+        router = int(self.router_of[place])
+        work = work_of(request, self.trace.setting.block_tokens)
+        assignment = self.routers[router].route(work, when)
         seat = self._seat_of[assignment.engine]
         self.engine_of[place] = seat.place
         self.predicted_ms[place] = assignment.predicted_ms
-        self._sent[request.request_id] = _Sent(router, assignment)
+        self._sent[request.request_id] = _Sent(router, seat, assignment)
+        seat.routed_ms[router] += assignment.charged_ms
         seat.loop.come_to(when)
         seat.loop.add(request, when)
         self._plan(seat)
@@ -296,40 +288,51 @@ class Cluster:
     # ---------------------------------------------------------------- what is told
 
     def _publish(self, seat: _Seat) -> None:
-        """What an engine holds now is on its way to all routers."""
+        """What an engine holds now, and has to do, is on its way to all routers."""
         now = seat.engine.clock.now()
-        batches = seat.residency.take(now)
-        if batches:
+        batches = seat.events.take(now)
+        routed_ms = seat.routed_ms.copy() if len(self.routers) > 1 else None
+        if batches.kv is not None or batches.rows is not None or routed_ms is not None:
             when = now + self.model.staleness_s
-            self._at(when, _DELIVERY, partial(self._tell, seat, batches))
+            self._at(when, _DELIVERY, partial(self._tell, seat, batches, routed_ms))
 
-    def _tell(self, seat: _Seat, batches: Batches) -> None:
-        for router in self.routers:
+    def _tell(self, seat: _Seat, batches: Batches, routed_ms: FloatArray | None) -> None:
+        for number, router in enumerate(self.routers):
             if batches.kv is not None:
                 router.residency.apply_kv(seat.name, batches.kv)
             if batches.rows is not None:
                 router.residency.apply_rows(seat.name, batches.rows)
+            if routed_ms is not None:
+                others_ms = float(np.delete(routed_ms, number).sum())
+                router.registry.set_others_ms(seat.name, others_ms)
 
     def ended(self, request: Request, now: float) -> None:
         """See `open_loop.Audience`."""
         self.ledger.ended(request, now)
-        self._at(now, _DELIVERY, partial(self._answer, request, now))
+        sent = self._leave(request)
+        self._at(now, _DELIVERY, partial(self._answer, sent, request, now))
 
     def refused(self, request: Request, error: HelmError) -> None:
         """See `open_loop.Audience`: its latency stays NaN, and its router hears at once."""
-        sent = self._sent.pop(request.request_id)
-        sent.router.abandoned(sent.assignment)
+        sent = self._leave(request)
+        self.routers[sent.router].abandoned(sent.assignment)
 
-    def _answer(self, request: Request, now: float) -> None:
+    def _leave(self, request: Request) -> _Sent:
+        """An engine has nothing to do with a request any more."""
         sent = self._sent.pop(request.request_id)
+        left = sent.seat.routed_ms
+        left[sent.router] = max(0.0, left[sent.router] - sent.assignment.charged_ms)
+        return sent
+
+    def _answer(self, sent: _Sent, request: Request, now: float) -> None:
+        router = self.routers[sent.router]
         if request.error is not None:
-            sent.router.abandoned(sent.assignment)
+            router.abandoned(sent.assignment)
             return
-        seat = self._seat_of[sent.assignment.engine]
-        sent.router.finished(
+        router.finished(
             sent.assignment,
             now,
-            service_ms=seat.engine.log.service_ms[request.request_id],
+            service_ms=sent.seat.engine.log.service_ms[request.request_id],
             cached_tokens=request.cached_tokens,
             rows_requested=request.rows_requested,
             rows_resident=request.rows_resident,

@@ -19,8 +19,8 @@ def cluster_workload(workload: Workload, engines: int, pace: float = 1.0) -> Wor
     Args:
         workload: fitted to one engine.
         engines: at least 1.
-        pace: everything takes so many times less time, warm-up and ramps included; loads stay. Above
-            1 a run is cheaper, and regimes change faster than they were written to.
+        pace: everything takes so many times less time, warm-up and ramps included; loads stay.
+            Above 1 a run is cheaper, and regimes change faster than they were written to.
 
     Raises:
         ValueError: a number is below its limit, or grows above it; names the field.
