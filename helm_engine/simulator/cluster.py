@@ -362,6 +362,7 @@ class Cluster:
                 num_pages=schedulers[0].pool.num_pages * scale,
                 num_moved_pages=sum(one.boundary.num_moved_pages for one in schedulers) * scale,
             ),
+            names=self.model.engine_names,
             engine_of=self.engine_of,
             router_of=self.router_of,
             predicted_ms=self.predicted_ms,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from helm_engine.simulator.figures import figures, figures_by_regime, fraction_over_time
 from helm_engine.simulator.simulation import FloatArray, Int64Array, Result
 
 
@@ -17,6 +19,8 @@ class ClusterResult:
     result: Result
     """Of all engines together; columns of the step log are those of one engine after another, and
     pages are those of one engine, so that shares are means over engines."""
+    names: tuple[str, ...]
+    """Of the engines."""
     engine_of: Int64Array
     """Place of the engine that each request was sent to, int64 [n]."""
     router_of: Int64Array
@@ -56,3 +60,29 @@ class ClusterResult:
         latencies = self.result.latencies_ms
         counted = self.is_counted & ~np.isnan(latencies)
         return np.asarray(self.predicted_ms[counted] / latencies[counted])
+
+    def steps_with_engines(self) -> dict[str, FloatArray]:
+        """Columns of all step logs, and the place of the engine that made each step."""
+        lengths = [len(steps["began_s"]) for steps in self.steps_of]
+        engines = np.repeat(np.arange(len(self.names), dtype=np.float64), lengths)
+        return {"engine": engines, **self.result.steps}
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures of a simulation."""
+        requests = np.bincount(self.engine_of[self.is_counted], minlength=len(self.names))
+        columns = zip(self.names, requests.tolist(), self.busy.tolist(), self.steps_of, strict=True)
+        return {
+            **asdict(figures(self.result)),
+            "num_moved_pages": self.result.num_moved_pages,
+            "load_spread": self.load_spread,
+            "regimes": [asdict(one) for one in figures_by_regime(self.result)],
+            "engines": [
+                {
+                    "name": name,
+                    "requests": number,
+                    "busy": busy,
+                    "fraction_over_time": fraction_over_time(replace(self.result, steps=steps)),
+                }
+                for name, number, busy, steps in columns
+            ],
+        }
