@@ -78,25 +78,25 @@ class KVEventBatch(msgspec.Struct, array_like=True, omit_defaults=True, gc=False
     data_parallel_rank: int | None = None
 
 
-class RowEvent(msgspec.Struct, omit_defaults=True, gc=False, tag=True):
+class RowDigestEvent(msgspec.Struct, omit_defaults=True, gc=False, tag=True):
     """One event of the row digest; on the wire its "type" is the name of its class."""
 
 
-class RowsStored(RowEvent):
+class RowsStored(RowDigestEvent):
     """Positions of the digest hold a row from now on that held none."""
 
     positions: bytes
     """Little-endian uint32, ascending, distinct."""
 
 
-class RowsRemoved(RowEvent):
+class RowsRemoved(RowDigestEvent):
     """Positions that held a row hold none from now on."""
 
     positions: bytes
     """Likewise."""
 
 
-class RowsCleared(RowEvent):
+class RowsCleared(RowDigestEvent):
     """No position holds a row any more."""
 
 
@@ -109,3 +109,30 @@ class RowEventBatch(msgspec.Struct, array_like=True, omit_defaults=True, gc=Fals
     num_positions: int
     """Of the digest; every position is below it."""
     data_parallel_rank: int | None = None
+
+
+# ---------------------------------------------------------------- asking for what was missed
+
+SEQUENCE_BYTES = 8
+"""Of a batch's number, big-endian; batches of a topic are counted from 0."""
+NO_SEQUENCE = -1
+"""Number of the message that ends an answer; its topic and payload are empty."""
+SNAPSHOT_REQUEST = b"snapshot"
+"""Sent in place of a first number; as a number it is one that no engine reaches, so an engine
+that gives no snapshots answers with nothing."""
+ROWS_REQUEST = b"rows"
+"""Sent behind a first number: batches of the row digest are meant, and not those of KV."""
+
+
+def kv_topic(engine: str, model: str) -> str:
+    """What batches of an engine's KV are published under."""
+    return f"kv@{engine}@{model}"
+
+
+def rows_topic(engine: str, model: str) -> str:
+    """What batches of an engine's row digest are published under."""
+    return f"{ROWS_TOPIC}{engine}@{model}"
+
+
+ROWS_TOPIC = "rows@"
+"""What topics of row digests begin with."""

@@ -20,14 +20,13 @@ from numba import njit
 
 from block_manager.events import RowsCleared, RowsRemoved, RowsStored
 from block_manager.exceptions import IntegrityError
-from block_manager.row_log import RowArrays, RowTraffic
+from block_manager.row_log import RowParts, RowTraffic
 
 RowIds = npt.NDArray[np.int64]
+RowEvent = RowsStored | RowsRemoved | RowsCleared
 Positions = npt.NDArray[np.uint32]
 """Ascending and distinct where they come from a digest."""
 
-DEFAULT_NUM_POSITIONS = 1 << 23
-_MAX_POSITIONS = 1 << 32
 _GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 """2 ** 64 over the golden ratio."""
 _HALF = np.uint64(32)
@@ -35,17 +34,6 @@ _WIRE = np.dtype("<u4")
 _POSITIONS_PER_EVENT = 1 << 20
 """Of an event that tells all that is there: a message of four megabytes."""
 _NOTHING = np.empty(0, dtype=np.int64)
-
-
-def num_digest_positions(num_rows: int, limit: int) -> int:
-    """Positions of the digest of a table: its rows, but not more than `limit`.
-
-    Raises:
-        ValueError: the limit is not within 1..2**32.
-    """
-    if not 1 <= limit <= _MAX_POSITIONS:
-        raise ValueError(f"row_digest_positions: must be within 1..2**32, not {limit}")
-    return min(num_rows, limit)
 
 
 @njit(cache=True, nogil=True)
@@ -122,9 +110,9 @@ class RowChanges(NamedTuple):
     removed: Positions
     """They hold none now."""
 
-    def events(self) -> list[RowsStored | RowsRemoved | RowsCleared]:
+    def events(self) -> list[RowEvent]:
         """The changes as messages; none where nothing changed."""
-        events: list[RowsStored | RowsRemoved | RowsCleared] = []
+        events: list[RowEvent] = []
         if len(self.removed):
             events.append(RowsRemoved(pack_positions(self.removed)))
         if len(self.stored):
@@ -138,17 +126,13 @@ class RowDigest:
     It takes 5 bytes for each position.
     """
 
-    def __init__(self, num_rows: int, limit: int = DEFAULT_NUM_POSITIONS) -> None:
-        """Takes the rows of the table, and how many positions there may be.
-
-        Raises:
-            ValueError: the limit is not within 1..2**32.
-        """
+    def __init__(self, num_rows: int, limit: int) -> None:
+        """Takes the rows of the table, and how many positions there may be: 1..2**32."""
         self.num_rows = num_rows
-        self.num_positions = num_digest_positions(num_rows, limit)
+        self.num_positions = min(num_rows, limit)
         self._counts = np.zeros(self.num_positions, dtype=np.int32)
         self._is_said = np.zeros(self.num_positions, dtype=np.bool_)
-        self.change(RowTraffic((), ()))  # Compiling is not for a step to wait for.
+        self.change(RowTraffic([], []))  # Compiling is not for a step to wait for.
 
     def change(self, traffic: RowTraffic) -> RowChanges:
         """Counts rows that came and rows that went since the last call; order does not matter.
@@ -178,7 +162,7 @@ class RowDigest:
         """All positions that hold a row, ascending, uint32 [n]."""
         return np.flatnonzero(self._is_said).astype(np.uint32)
 
-    def snapshot_events(self) -> list[list[RowsStored | RowsRemoved | RowsCleared]]:
+    def snapshot_events(self) -> list[list[RowEvent]]:
         """All that is there, as the events of one or more batches; the first clears the rest."""
         resident = self.resident()
         parts = range(0, len(resident), _POSITIONS_PER_EVENT)
@@ -186,7 +170,7 @@ class RowDigest:
         return [[RowsCleared()], *([RowsStored(packed)] for packed in stored)]
 
 
-def _joined(parts: RowArrays) -> RowIds:
+def _joined(parts: RowParts) -> RowIds:
     """All rows, int64 [n], in the one layout that the kernels are compiled for."""
     joined: RowIds = np.concatenate([_NOTHING, *parts])
     return joined

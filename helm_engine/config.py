@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,52 @@ class RequestLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class ResidencyConfig:
+    """How routers are told what the engine holds."""
+
+    endpoint: str | None = None
+    """ZeroMQ address that events are published on: bound if it has `*` or `::` in it or is `ipc`,
+    else connected to (vLLM's rule); None = nothing is noted and nothing published."""
+    replay_endpoint: str | None = None
+    """Address that is bound for those who missed events; None = they begin anew."""
+    redact: bool = False
+    """Leaves out item ids and the digest of the other features."""
+    buffer_batches: int = 10_000
+    """Last batches of each topic that can be replayed."""
+    digest_positions: int = 1 << 23
+    """Limit of the row digest; a table of more rows is hashed onto so many positions."""
+    digest_interval_s: float = 0.1
+    """Changes of the row digest are published no more often."""
+    engine_name: str | None = None
+    """The engine in topics; None = the host's name."""
+
+    def __post_init__(self) -> None:
+        """Checks each value.
+
+        Raises:
+            ValueError: names the field and its limit.
+        """
+        if self.replay_endpoint is not None and self.endpoint is None:
+            raise ValueError("kv_events_replay_endpoint: needs kv_events_endpoint")
+        _require_at_least("kv_events_buffer", self.buffer_batches, 1)
+        if not 1 <= self.digest_positions <= 1 << 32:
+            raise ValueError(
+                f"row_digest_positions: must be within 1..2**32, not {self.digest_positions}"
+            )
+        if not 0.0 <= self.digest_interval_s < float("inf"):
+            raise ValueError(
+                f"row_digest_interval: must be at least 0 and finite, not {self.digest_interval_s}"
+            )
+        if "@" in self.name:
+            raise ValueError(f"engine_name: must not hold an @, not {self.name!r}")
+
+    @property
+    def name(self) -> str:
+        """The engine in topics."""
+        return self.engine_name or socket.gethostname()
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """One engine."""
 
@@ -174,6 +221,7 @@ class EngineConfig:
     host_tier: HostTierConfig = field(default_factory=HostTierConfig)
     limits: RequestLimits = field(default_factory=RequestLimits)
     controller: ControllerConfig = field(default_factory=ControllerConfig)
+    residency: ResidencyConfig = field(default_factory=ResidencyConfig)
     served_model_name: str | None = None
     """Name in `/v1/models` and in requests; the directory's name by default."""
     cost_profile: Path | None = None

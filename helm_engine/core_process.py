@@ -97,7 +97,7 @@ def run_core_process(
     loop = _CoreLoop(engine.core, engine.runner.loader.traffic, addresses)
     front.send(engine.served)
     loop.run()
-    engine.runner.close()
+    engine.close()
     # A core that lost track of a page must not end as if all had been well.
     engine.core.check_integrity()
 
@@ -170,6 +170,7 @@ class _CoreLoop:
             else:
                 if not self._take_messages(wait=HEARTBEAT_SECONDS):
                     return
+                self._core.report_residency()
                 self._core.control_boundary()
                 self._say([])
                 if not checked and time.monotonic() - idle_since > _IDLE_CHECK_SECONDS:

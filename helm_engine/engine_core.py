@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Protocol
 
 from helm_engine.clock import Clock
 from helm_engine.controller.engine_control import EngineControl
@@ -15,6 +16,14 @@ from model_executor.executor import Executor
 logger = logging.getLogger(__name__)
 
 
+class ResidencyReporter(Protocol):
+    """Tells routers what the engine holds; see `ResidencyPublisher`."""
+
+    def report(self) -> None:
+        """Takes what came and went since the last call; between steps."""
+        ...
+
+
 class EngineCore:
     """Owns one scheduler and one executor; single-threaded."""
 
@@ -24,12 +33,14 @@ class EngineCore:
         executor: Executor,
         clock: Clock,
         control: EngineControl | None = None,
+        residency: ResidencyReporter | None = None,
     ) -> None:
-        """Takes what plans steps, what carries them out, and what moves the boundary, if any."""
+        """Takes what plans and what carries out steps; what moves the boundary and who listens."""
         self.scheduler = scheduler
         self.control = control
         self._executor = executor
         self._clock = clock
+        self._residency = residency
         self.made_progress = False
         """Whether the last step did anything, for requests or for the pool."""
         self.failed_in_a_row = 0
@@ -114,9 +125,15 @@ class EngineCore:
         ended = finished + self.scheduler.take_failed()
         if self.control is not None:
             self.control.observe_ended(ended, self._clock.now())
+        self.report_residency()
         return ended
 
     def control_boundary(self) -> None:
         """Lets the controller decide; `step` does so too, so this is for an engine at rest."""
         if self.control is not None:
             self.control.act(self._clock.now())
+
+    def report_residency(self) -> None:
+        """Tells routers what came and went; `step` does so too, so this is for one at rest."""
+        if self._residency is not None:
+            self._residency.report()

@@ -17,6 +17,7 @@ from helm_engine.engine_core import EngineCore
 from helm_engine.input_processor import InputProcessor, new_user_key
 from helm_engine.page_values import page_value_estimator
 from helm_engine.protocol import parse_request
+from helm_engine.residency_publisher import ResidencyPublisher
 from helm_engine.sample_request import sample_request
 from helm_engine.scheduler import build_scheduler
 from helm_engine.served_model import ServedModel
@@ -48,6 +49,14 @@ class LoadedEngine:
     processor: InputProcessor
     """For requests that are made in this process."""
     core: EngineCore
+    residency: ResidencyPublisher | None
+    """Tells routers what the engine holds; None = nobody listens."""
+
+    def close(self) -> None:
+        """Ends the threads; nothing may be asked after it."""
+        if self.residency is not None:
+            self.residency.close()
+        self.runner.close()
 
 
 def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = None) -> LoadedEngine:
@@ -63,7 +72,8 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         HelmError: the first step failed.
         PoolTooSmallError: the pool cannot hold what one request may need.
         ValueError: the device, the attention backend or the host tier is not available, the
-            cost profile cannot be read, or the controller is unknown or cannot do without one.
+            cost profile cannot be read, the controller is unknown or cannot do without one, or an
+            address for events cannot be used.
     """
     model_config = load_config(config.model_dir)
     device = _device(config.executor.device)
@@ -127,7 +137,11 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         HOST_NUMBER_BYTES * model_config.row_dim,
     )
     control = build_control(config.controller, scheduler, clock.now())
-    return LoadedEngine(served, runner, processor, EngineCore(scheduler, runner, clock, control))
+    residency = None
+    if config.residency.endpoint is not None:
+        residency = ResidencyPublisher(config.residency, served.name, scheduler.kv, scheduler.emb)
+    core = EngineCore(scheduler, runner, clock, control, residency)
+    return LoadedEngine(served, runner, processor, core, residency)
 
 
 def _open_host_tier(config: EngineConfig, model_config: ModelConfig) -> HostStore:

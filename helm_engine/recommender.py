@@ -75,8 +75,8 @@ class Recommender:
         self.engine = load_engine(config, self._clock)
 
     def close(self) -> None:
-        """Ends the thread that fills the pool in the background; nothing may be asked after it."""
-        self.engine.runner.close()
+        """Ends the threads beside the engine; nothing may be asked after it."""
+        self.engine.close()
 
     def __enter__(self) -> Self:
         """Closed at the end of the block."""

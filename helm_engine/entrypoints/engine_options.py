@@ -20,6 +20,7 @@ from helm_engine.config import (
     ExecutorConfig,
     HostTierConfig,
     RequestLimits,
+    ResidencyConfig,
     SchedulerConfig,
 )
 from helm_engine.controller.controller_config import ControllerConfig
@@ -35,6 +36,7 @@ _EXECUTOR = ExecutorConfig()
 _LIMITS = RequestLimits()
 _HOST_TIER = HostTierConfig()
 _CONTROLLER = ControllerConfig()
+_RESIDENCY = ResidencyConfig()
 
 ENGINE_CONTEXT = {"auto_envvar_prefix": "HELM"}
 """Settings of an engine's command: `HELM_POOL_BYTES` is the variable of `--pool-bytes`."""
@@ -187,6 +189,63 @@ class EngineOptions:
             help="Append each decision, with what it was made on, as a line of JSON.",
         ),
     ] = None
+    kv_events_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            rich_help_panel="Events for routers",
+            help="ZeroMQ address to publish on what the engine holds, for instance tcp://*:5557; "
+            "default: nothing is published.",
+        ),
+    ] = None
+    kv_events_replay_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            rich_help_panel="Events for routers",
+            help="Address for subscribers that missed events, for instance tcp://*:5558.",
+        ),
+    ] = None
+    kv_events_buffer: Annotated[
+        int,
+        typer.Option(
+            metavar="BATCHES",
+            rich_help_panel="Events for routers",
+            help="Last batches that these can still have.",
+        ),
+    ] = _RESIDENCY.buffer_batches
+    kv_events_redact: Annotated[
+        bool,
+        typer.Option(
+            rich_help_panel="Events for routers",
+            help="Leave out item ids and the digest of features.",
+        ),
+    ] = _RESIDENCY.redact
+    engine_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel="Events for routers",
+            help="Name of the engine in topics; default: the host's.",
+        ),
+    ] = None
+    row_digest_positions: Annotated[
+        int,
+        typer.Option(
+            metavar="POSITIONS",
+            rich_help_panel="Events for routers",
+            help="Size of the digest that says which rows are there; larger tables are hashed.",
+        ),
+    ] = _RESIDENCY.digest_positions
+    row_digest_interval: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.0,
+            rich_help_panel="Events for routers",
+            help="Its changes are published no more often.",
+        ),
+    ] = _RESIDENCY.digest_interval_s
     poison_freed_memory: Annotated[
         bool,
         typer.Option(
@@ -315,6 +374,15 @@ class EngineOptions:
                 period_s=self.control_period,
                 slo_ms=self.slo_ms,
                 decision_log=self.decision_log,
+            ),
+            residency=ResidencyConfig(
+                endpoint=self.kv_events_endpoint,
+                replay_endpoint=self.kv_events_replay_endpoint,
+                redact=self.kv_events_redact,
+                buffer_batches=self.kv_events_buffer,
+                digest_positions=self.row_digest_positions,
+                digest_interval_s=self.row_digest_interval,
+                engine_name=self.engine_name,
             ),
             served_model_name=self.served_model_name,
             cost_profile=self.cost_profile,
