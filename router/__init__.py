@@ -1,7 +1,8 @@
 """Which engine serves a request.
 
-Today one engine is served, in the process that answers HTTP, so there is nothing to choose
-between: this package is an empty room, kept for the dispatcher that will price several engines and
-pick one. It will know engines only through the wire types and hashes of `block_manager` and the
-request schema in `helm_engine.protocol`, and will never import torch.
+`dispatcher.Dispatcher` is what others use. `cost` says what a request costs on each engine,
+`policies` which cost counts, `engine_registry` what each engine has to do already, and `residency`
+what it holds, from the events that it sends: KV blocks in `prefix_index`, rows in `row_index`. This
+package knows engines only through the wire types and hashes of `block_manager` and the request
+schema in `helm_engine.protocol`, and never imports torch.
 """

@@ -110,7 +110,7 @@ def amounts_of_work(
     return amounts
 
 
-def service_ms(costs: FloatArray, amounts: FloatArray) -> FloatArray:
+def price_ms(costs: FloatArray, amounts: FloatArray) -> FloatArray:
     """Milliseconds that a request takes on every engine once its turn has come: float64 [E].
 
     Args:

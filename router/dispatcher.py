@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from router.circuit_breaker import BreakerConfig
-from router.cost import EngineCosts, Int64Array, Work, amounts_of_work, service_ms
+from router.cost import EngineCosts, Int64Array, Work, amounts_of_work, price_ms
 from router.engine_registry import NEVER, EngineRegistry, EngineState
 from router.engine_slots import VACANT, EngineSlots
 from router.expected_blocks import ExpectedBlocks
@@ -160,7 +160,7 @@ class Dispatcher:
         offers = Offers(
             is_open=reluctance == least,
             queue_ms=registry.queue_ms(),
-            service_ms=service_ms(registry.costs, amounts) * registry.calibration.factors(now),
+            service_ms=price_ms(registry.costs, amounts) * registry.calibration.factors(now),
             name_hashes=registry.name_hashes,
             turns=registry.turns_after(self._last_picked),
             user_tag=work.user_tag,
@@ -168,7 +168,8 @@ class Dispatcher:
         slot = self._pick(offers)
         charged_ms = float(offers.service_ms[slot])
         self._last_picked = self._slots.names[slot]
-        self._expected.expect(slot, keys, now)
+        if self.policy.knows_kv:
+            self._expected.expect(slot, keys, now)
         return Assignment(
             engine=self._last_picked,
             predicted_ms=float(offers.queue_ms[slot]) + charged_ms,
@@ -233,8 +234,9 @@ class Dispatcher:
     def _learn(
         self, assignment: Assignment, now: float, took_ms: float, cached: int, missing: int
     ) -> None:
-        """Compares with the price of what was really done: what was wrongly expected to be
-        resident is no matter of speed.
+        """Compares with the price of what was really done.
+
+        What was wrongly believed to be resident says nothing about the engine's speed.
         """
         amounts = amounts_of_work(
             assignment.num_tokens,
@@ -243,7 +245,7 @@ class Dispatcher:
             np.array([missing]),
         )
         slot = assignment.slot
-        priced_ms = float(service_ms(self.registry.costs[slot : slot + 1], amounts)[0])
+        priced_ms = float(price_ms(self.registry.costs[slot : slot + 1], amounts)[0])
         if priced_ms > 0.0 and took_ms > 0.0:
             self.registry.calibration.learn(slot, took_ms / priced_ms, now)
 

@@ -130,7 +130,7 @@ class EngineRegistry:
         in this order.
         """
         passes = np.array([breaker.lets_pass(now) for breaker in self.breakers], dtype=np.bool_)
-        reluctance = self._states * _IF_DRAINING
+        reluctance = np.where(self._states == EngineState.DRAINING, _IF_DRAINING, 0)
         reluctance[~passes] += _IF_BROKEN
         for name in exclude:
             slot = self.slots.get(name)

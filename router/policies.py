@@ -70,9 +70,9 @@ def round_robin(offers: Offers) -> FloatArray:
 def consistent_hash(offers: Offers) -> FloatArray:
     """A user's own engine, and where its queue is too long the user's next one.
 
-    Each user ranks the engines by a hash of both (rendezvous hashing, Thaler and Ravishankar, "Using
-    name-based mappings to increase hit rates", 1998), so when an engine leaves only its users move.
-    Requests without a user go by predicted time.
+    Each user ranks the engines by a hash of both (rendezvous hashing: Thaler and Ravishankar,
+    "Using name-based mappings to increase hit rates", 1998), so when an engine leaves only its
+    users move. Requests without a user go by predicted time.
     """
     if offers.user_tag == NO_USER_TAG:
         return predicted_ms(offers)

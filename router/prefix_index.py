@@ -103,9 +103,6 @@ class PrefixIndex:
         return found
 
 
-# Bits are never shifted into the sign by accident: a word is a set, not a number.
-
-
 @njit(cache=True, nogil=True)
 def _store(keys: Any, holders: Any, copy_keys: Any, copies: Any, slot: Any, new_keys: Any) -> Any:
     """Adds the slot to each key; returns how many keys, and how many counted copies, are new."""
@@ -127,7 +124,7 @@ def _store(keys: Any, holders: Any, copy_keys: Any, copies: Any, slot: Any, new_
 
 @njit(cache=True, nogil=True)
 def _remove(keys: Any, holders: Any, copy_keys: Any, copies: Any, slot: Any, old_keys: Any) -> Any:
-    """Takes the slot from each key; returns how many keys, and how many counted copies, are gone."""
+    """Takes the slot from each key; returns how many keys and how many counted copies are gone."""
     word, bit = slot // BITS, np.int64(1) << (slot % BITS)
     num_gone = num_single = 0
     for key in old_keys:
@@ -143,7 +140,6 @@ def _remove(keys: Any, holders: Any, copy_keys: Any, copies: Any, slot: Any, old
         else:
             holders[place, word] &= ~bit
             if is_vacant(holders, place):
-                # Put back for a moment: to close the gap, the entry must be whole.
                 erase(keys, holders, place)
                 num_gone += 1
     return num_gone, num_single

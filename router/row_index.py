@@ -16,6 +16,9 @@ from router.cost import Int64Array
 from router.prefix_index import BITS
 
 _NO_ROW = -1
+_GOLDEN = np.int64(0x9E3779B97F4A7C15 - (1 << 64))
+"""See `block_manager.row_digest`."""
+_HALF_WORD = np.int64(32)
 
 
 class RowIndex:
@@ -78,21 +81,15 @@ class RowIndex:
         Returns:
             int64 [E].
         """
-        sizes = self.num_rows, self.num_positions
+        # A copy, whoever's memory the rows are in: kernels are compiled for one kind of array.
+        needed = np.concatenate((rows, candidate_rows), dtype=np.int64)
         missing: Int64Array = _missing(
-            _contiguous(rows),
-            _contiguous(position_of_rows(rows, *sizes)),
-            _contiguous(candidate_rows),
-            _contiguous(position_of_rows(candidate_rows, *sizes)),
+            needed,
+            position_of_rows(needed, self.num_rows, self.num_positions),
             cached_tokens,
             self._holders if is_known else self._nobody,
         )
         return missing
-
-
-def _contiguous(rows: Int64Array) -> Int64Array:
-    """The one layout that kernels are compiled for."""
-    return np.ascontiguousarray(rows, dtype=np.int64)
 
 
 @njit(cache=True, nogil=True)
@@ -113,7 +110,7 @@ def _clear_bit(holders: Any, word: Any, bit: Any, positions: Any) -> None:
 def _is_new(row: Any, seen: Any) -> Any:
     """Whether a row comes for the first time; `seen` is a hash set, NO_ROW where vacant."""
     last = len(seen) - 1
-    place = row & last
+    place = row * _GOLDEN >> _HALF_WORD & last
     while seen[place] != _NO_ROW:
         if seen[place] == row:
             return False
@@ -124,36 +121,30 @@ def _is_new(row: Any, seen: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def _count_lacking(
-    missing: Any, holders: Any, position: Any, cached_tokens: Any, token: Any
+    missing: Any, holders: Any, position: Any, cached_tokens: Any, place: Any
 ) -> None:
-    """Counts a row for every engine that computes the token and does not hold the row."""
+    """Counts a row for every engine that needs what is at a place and does not hold the row."""
     is_told = 0 <= position < len(holders)
     for word in range(holders.shape[1]):
         held = holders[position, word] if is_told else np.int64(0)
         first = BITS * word
         for slot in range(first, min(first + BITS, len(missing))):
-            missing[slot] += (cached_tokens[slot] <= token) & ~(held >> (slot - first)) & 1
+            missing[slot] += (cached_tokens[slot] <= place) & ~(held >> (slot - first)) & 1
 
 
 @njit(cache=True, nogil=True)
-def _missing(
-    rows: Any, positions: Any, candidates: Any, candidate_positions: Any, cached: Any, holders: Any
-) -> Any:
-    missing = np.zeros(len(cached), dtype=np.int64)
+def _missing(rows: Any, positions: Any, cached_tokens: Any, holders: Any) -> Any:
+    """See `RowIndex.missing`; candidates stand behind the tokens, so none of them is cached."""
+    missing = np.zeros(len(cached_tokens), dtype=np.int64)
+    first = len(rows)
+    for cached in cached_tokens:
+        first = min(first, cached)
     num_entries = 2
-    while num_entries < 2 * (len(rows) + len(candidates)):
+    while num_entries < 2 * (len(rows) - first):
         num_entries *= 2
     seen = np.full(num_entries, _NO_ROW, dtype=np.int64)
-    fewest_cached = len(rows)
-    for tokens in cached:
-        fewest_cached = min(fewest_cached, tokens)
-    for place in range(len(candidates)):
-        if candidates[place] >= 0 and _is_new(candidates[place], seen):
-            # All engines need it: candidates come after all tokens that may be cached.
-            _count_lacking(missing, holders, candidate_positions[place], cached, len(rows))
-    # From the last token on: engines that have the last use of a row cached have all of them
-    # cached.
-    for token in range(len(rows) - 1, fewest_cached - 1, -1):
-        if rows[token] >= 0 and _is_new(rows[token], seen):
-            _count_lacking(missing, holders, positions[token], cached, token)
+    # From the end on: an engine that has the last use of a row cached has all of them cached.
+    for place in range(len(rows) - 1, first - 1, -1):
+        if rows[place] >= 0 and _is_new(rows[place], seen):
+            _count_lacking(missing, holders, positions[place], cached_tokens, place)
     return missing
