@@ -27,7 +27,6 @@ from helm_engine.simulator.open_loop import OpenLoop, VirtualTimer
 from helm_engine.simulator.scaling import CoarseHistory
 from helm_engine.simulator.simulation import (
     EngineModel,
-    FloatArray,
     Ledger,
     Result,
     SimulatedEngine,
@@ -138,8 +137,8 @@ class _Seat:
     engine: SimulatedEngine
     events: EngineEvents
     loop: OpenLoop
-    routed_ms: FloatArray
-    """Predicted milliseconds of the unfinished requests of each router, float64 [routers]."""
+    unfinished: list[dict[str, float]]
+    """Of each router, the predicted milliseconds of its requests that have not ended."""
     planned: float = inf
     """When it is expected to do something next; older plans of it are void."""
 
@@ -203,7 +202,7 @@ class Cluster:
                 num_positions=events.num_positions,
             )
         loop = OpenLoop(engine.core, VirtualTimer(engine.clock), self)
-        return _Seat(place, name, engine, events, loop, np.zeros(model.routers))
+        return _Seat(place, name, engine, events, loop, [{} for _ in self.routers])
 
     # ---------------------------------------------------------------- what happens, in order
 
@@ -237,7 +236,7 @@ class Cluster:
         self.engine_of[place] = seat.place
         self.predicted_ms[place] = assignment.predicted_ms
         self._sent[request.request_id] = _Sent(router, seat, assignment)
-        seat.routed_ms[router] += assignment.charged_ms
+        seat.unfinished[router][request.request_id] = assignment.charged_ms
         seat.loop.come_to(when)
         seat.loop.add(request, when)
         self._plan(seat)
@@ -252,6 +251,8 @@ class Cluster:
 
     def finish(self) -> None:
         """Everything until all requests have ended and all that was published has arrived."""
+        while self._sent:
+            heappop(self._queue)[-1]()
         for seat in self.seats:
             seat.planned = inf
             seat.loop.finish()
@@ -291,20 +292,19 @@ class Cluster:
         """What an engine holds now, and has to do, is on its way to all routers."""
         now = seat.engine.clock.now()
         batches = seat.events.take(now)
-        routed_ms = seat.routed_ms.copy() if len(self.routers) > 1 else None
-        if batches.kv is not None or batches.rows is not None or routed_ms is not None:
+        routed_ms = [sum(one.values()) for one in seat.unfinished]
+        if batches.kv is not None or batches.rows is not None or len(routed_ms) > 1:
             when = now + self.model.staleness_s
             self._at(when, _DELIVERY, partial(self._tell, seat, batches, routed_ms))
 
-    def _tell(self, seat: _Seat, batches: Batches, routed_ms: FloatArray | None) -> None:
+    def _tell(self, seat: _Seat, batches: Batches, routed_ms: list[float]) -> None:
         for number, router in enumerate(self.routers):
             if batches.kv is not None:
                 router.residency.apply_kv(seat.name, batches.kv)
             if batches.rows is not None:
                 router.residency.apply_rows(seat.name, batches.rows)
-            if routed_ms is not None:
-                others_ms = float(np.delete(routed_ms, number).sum())
-                router.registry.set_others_ms(seat.name, others_ms)
+            others_ms = sum(routed_ms[:number]) + sum(routed_ms[number + 1 :])
+            router.registry.set_others_ms(seat.name, others_ms)
 
     def ended(self, request: Request, now: float) -> None:
         """See `open_loop.Audience`."""
@@ -320,8 +320,7 @@ class Cluster:
     def _leave(self, request: Request) -> _Sent:
         """An engine has nothing to do with a request any more."""
         sent = self._sent.pop(request.request_id)
-        left = sent.seat.routed_ms
-        left[sent.router] = max(0.0, left[sent.router] - sent.assignment.charged_ms)
+        del sent.seat.unfinished[sent.router][request.request_id]
         return sent
 
     def _answer(self, sent: _Sent, request: Request, now: float) -> None:

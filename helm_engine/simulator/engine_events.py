@@ -8,6 +8,7 @@ from block_manager.events import KVEventBatch, RowEventBatch
 from block_manager.kv_event_log import KvEventLog, events_of
 from block_manager.row_digest import RowDigest
 from block_manager.row_log import RowLog
+from helm_engine.config import ResidencyConfig
 from helm_engine.scheduler import Scheduler
 
 
@@ -26,7 +27,8 @@ class EngineEvents:
         self._block_tokens = scheduler.kv.block_tokens
         self._blocks = KvEventLog() if kv else None
         self._rows = RowLog() if rows else None
-        self._digest = RowDigest(scheduler.emb.num_rows) if rows else None
+        limit = ResidencyConfig().digest_positions
+        self._digest = RowDigest(scheduler.emb.num_rows, limit) if rows else None
         scheduler.kv.pool.event_log = self._blocks
         scheduler.emb.row_log = self._rows
 

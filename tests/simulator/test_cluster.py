@@ -262,16 +262,6 @@ class Late(Cluster):
         super()._tell(seat, batches, *more)
 
 
-def test_of_an_old_residency_less_is_right() -> None:
-    trace = small_trace(engines=4)
-    told = {
-        staleness_s: simulate_cluster(trace, cluster_of(trace, 4, staleness_s=staleness_s))
-        for staleness_s in (0.0, 100.0)
-    }
-    fresh, never = (one.result.cached_tokens.sum() for one in told.values())
-    assert fresh > never
-
-
 # ---------------------------------------------------------------- symmetry and seeds
 
 
