@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from helm_engine.controller.controller_config import ControllerConfig
@@ -29,9 +30,13 @@ Record = dict[str, Any]
 
 POLICIES = ("joint", "kv", "emb", "least_load", "consistent_hash", "round_robin")
 CONTROLLER = "helm"
-PACE = 4.0
-"""Workloads are run in so many times less time than they are written for: of a cluster they are
-hundreds of thousands of requests."""
+PACE = 8.0
+"""Regimes take so many times less time than they are written for, as 32 engines see as many times
+more requests; ramps, too."""
+WARM_UP_S = 40.0
+"""Until every pool is full, whatever the pace."""
+REGIMES = 3
+"""From one kind to another and back; what comes after them are repetitions."""
 STALENESS_S = 0.1
 STALENESSES_S = (0.0, 0.3, 1.0, 3.0, 10.0)
 """Beside the usual one."""
@@ -43,7 +48,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 """Of what the router expected over what it was."""
 SEARCHED = tuple(place / 10 for place in range(1, 10))
 """Static shares among which the best one is looked for..."""
-SEARCH_ENGINES_SHARE = 4
+SEARCH_ENGINES_SHARE = 8
 """...on a cluster so many times smaller: `least_load` makes all engines alike."""
 
 
@@ -57,6 +62,7 @@ class Task:
     engines: int
     scale: int
     pace: float
+    warm_up_s: float
     quick: bool
 
 
@@ -76,7 +82,11 @@ class Runs:
     def __init__(self, task: Task, engines: int) -> None:
         """Draws the requests."""
         self.task, self.engines = task, engines
-        workload = cluster_workload(load_workload(task.workload), engines, task.pace)
+        written = load_workload(task.workload)
+        once = msgspec.structs.replace(written, regimes=written.regimes[:REGIMES])
+        workload = msgspec.structs.replace(
+            cluster_workload(once, engines, task.pace), warm_up_s=task.warm_up_s
+        )
         profile = workload.resolved_setting.profile
         self.trace: Trace = make_trace(workload, task.seed, scale=task.scale)
         self._engine = EngineModel(
@@ -182,9 +192,8 @@ def _staleness(runs: Runs) -> Iterator[tuple[str, Record]]:
 def _routers(runs: Runs) -> Iterator[tuple[str, Record]]:
     """Routers that do not see each other's requests."""
     for routers in ROUTERS[-1:] if runs.task.quick else ROUTERS:
-        for policy in ("joint", "least_load"):
-            result = runs.controlled(policy, routers=routers)
-            yield "routers", runs.cell(policy, result, routers=routers)
+        result = runs.controlled("joint", routers=routers)
+        yield "routers", runs.cell("joint", result, routers=routers)
 
 
 def _paper(runs: Runs) -> Iterator[tuple[str, Record]]:

@@ -293,7 +293,8 @@ class Cluster:
         now = seat.engine.clock.now()
         batches = seat.events.take(now)
         routed_ms = [sum(one.values()) for one in seat.unfinished]
-        if batches.kv is not None or batches.rows is not None or len(routed_ms) > 1:
+        is_shared = len(routed_ms) > 1
+        if batches.kv is not None or batches.rows is not None or is_shared:
             when = now + self.model.staleness_s
             self._at(when, _DELIVERY, partial(self._tell, seat, batches, routed_ms))
 

@@ -43,7 +43,8 @@ class EngineEvents:
         if self._blocks is not None and (changes := self._blocks.take()):
             kv = KVEventBatch(now, events_of(changes, self._block_tokens, redact=True))
         if self._rows is not None and self._digest is not None:
-            events = self._digest.change(self._rows.take()).events()
-            if events:
+            traffic = self._rows.take()
+            if traffic.came or traffic.went:
+                events = self._digest.change(traffic).events()
                 rows = RowEventBatch(now, events, self._digest.num_positions)
         return Batches(kv, rows)

@@ -88,11 +88,10 @@ class OpenLoop:
         return self._timer.now() if self._wakes is None else self._wakes
 
     def proceed(self) -> None:
-        """The next thing that it does by itself, at `next_at`: a step, or the end of a rest."""
-        if self._wakes is None:
-            self._go_on()
-        else:
+        """The next thing that it does by itself, at `next_at`: a step, if there is anything to do."""
+        if self._wakes is not None:
             self._wake_up(self._wakes)
+        self._go_on()
 
     def come_to(self, when: float) -> None:
         """Everything until something comes from outside, which ends a rest.
