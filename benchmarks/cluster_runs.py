@@ -14,10 +14,10 @@ import numpy as np
 from helm_engine.controller.controller_config import ControllerConfig
 from helm_engine.simulator.cluster import (
     ClusterModel,
-    ClusterResult,
     simulate_cluster,
     spread_fractions,
 )
+from helm_engine.simulator.cluster_result import ClusterResult
 from helm_engine.simulator.cluster_workload import cluster_workload
 from helm_engine.simulator.figures import figures
 from helm_engine.simulator.hindsight import p99_of
