@@ -16,7 +16,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
 
-from benchmarks.tables import fill
+from benchmarks.tables import fill, told
 
 RESULT = REPOSITORY / "benchmarks" / "results" / "controller.json"
 PAGE = REPOSITORY / "docs" / "controller-results.md"
@@ -29,16 +29,6 @@ def filled(page: str, figures: Figures) -> str:
     return fill(page, {name: table(figures) for name, table in TABLES.items()})
 
 
-def _told(found: Figures, digits: int = 2) -> str:
-    """A mean over seeds and its interval."""
-    if found["mean"] is None:
-        return ""
-    if found["interval"] is None:
-        return f"{found['mean']:.{digits}f}"
-    low, high = found["interval"]
-    return f"{found['mean']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
 def headline(figures: Figures) -> Iterator[str]:
     """Every controller against both yardsticks."""
     yield (
@@ -49,10 +39,10 @@ def headline(figures: Figures) -> Iterator[str]:
     for one in figures.get("headline", {}).get("cells", []):
         yield (
             f"| `{one['setting']}` | `{one['workload']}` | `{one['controller']}` | "
-            f"{_told(one['p99_ms'], 0)} | {_told(one['p99_vs_best_static'])} | "
-            f"{_told(one['share_of_schedules_gain'])} | {_told(one['slo'], 3)} | "
-            f"{_told(one['throughput_vs_best_static'], 3)} | {_told(one['fraction_gap'], 3)} | "
-            f"{_told(one['regret_ms'], 1)} |"
+            f"{told(one['p99_ms'], 0)} | {told(one['p99_vs_best_static'])} | "
+            f"{told(one['share_of_schedules_gain'])} | {told(one['slo'], 3)} | "
+            f"{told(one['throughput_vs_best_static'], 3)} | {told(one['fraction_gap'], 3)} | "
+            f"{told(one['regret_ms'], 1)} |"
         )
 
 
@@ -61,7 +51,7 @@ def overall(figures: Figures) -> Iterator[str]:
     yield "| controller | P99 / best static, geometric mean |"
     yield "|---|---|"
     for name, found in figures.get("headline", {}).get("p99_vs_best_static_all", {}).items():
-        yield f"| `{name}` | {_told(found)} |"
+        yield f"| `{name}` | {told(found)} |"
 
 
 def _section(name: str, beside: str | None = None) -> Any:
@@ -73,8 +63,8 @@ def _section(name: str, beside: str | None = None) -> Any:
             other = "" if beside is None else f" {one[beside]} |"
             yield (
                 f"| `{one['setting']}` | `{one['workload']}` | `{one['controller']}` |{other} "
-                f"{_told(one['p99_vs_best_static'])} | {_told(one['slo'], 3)} | "
-                f"{_told(one['fraction_gap'], 3)} |"
+                f"{told(one['p99_vs_best_static'])} | {told(one['slo'], 3)} | "
+                f"{told(one['fraction_gap'], 3)} |"
             )
 
     return rows

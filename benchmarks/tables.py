@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _HEAD_LINES = 2
@@ -24,3 +25,13 @@ def fill(page: str, tables: Mapping[str, Iterable[str]]) -> str:
         return f"{match[1]}{body}\n{match[3]}"
 
     return _TABLE.sub(table, page)
+
+
+def told(found: Mapping[str, Any], digits: int = 2) -> str:
+    """A mean over seeds and its interval, see `controller_summary.mean_and_interval`."""
+    if found["mean"] is None:
+        return ""
+    if found["interval"] is None:
+        return f"{found['mean']:.{digits}f}"
+    low, high = found["interval"]
+    return f"{found['mean']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

@@ -13,13 +13,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from helm_engine.entrypoints.cluster_options import ClusterOptions
 from helm_engine.entrypoints.command import CommandError
 from helm_engine.entrypoints.option_groups import takes_option_groups
 from helm_engine.entrypoints.waiting import SlowNotice
 
 if TYPE_CHECKING:
     from helm_engine.simulator.figures import Figures
-    from helm_engine.simulator.simulation import EngineModel, Result
+    from helm_engine.simulator.simulation import EngineModel, FloatArray
     from helm_engine.simulator.trace import Trace
 
 EXAMPLES = """
@@ -32,6 +33,7 @@ Examples:
   helm-engine simulate --workload mine.json --emb-fraction 0.3 --seed 7 --json out.json
   helm-engine simulate --workload trend --emb-fraction 0.3 --scale 16
   helm-engine simulate --trace recorded.trace --emb-fraction 0.3
+  helm-engine simulate --workload trend --emb-fraction 0.5 --engines 8 --routing-policy joint
 
 \b
 docs/simulator.md has the schema of a workload, and says what is simulated.
@@ -86,12 +88,18 @@ class RequestOptions:
         if self.trace_file is not None and self.seed:
             raise CommandError("--seed: draws a workload; nothing is drawn for a trace")
 
-    def made(self, profile: str | None, scale: int) -> tuple[Trace, EngineModel]:
+    def made(self, profile: str | None, scale: int, engines: int = 1) -> tuple[Trace, EngineModel]:
         """The requests, and the engine that they are for.
+
+        Args:
+            profile: name or file of the device's costs, instead of the setting's own.
+            scale: of the engine.
+            engines: a workload is made so many times larger; recorded requests are as they are.
 
         Raises:
             ValueError: names the file or the field.
         """
+        from helm_engine.simulator.cluster_workload import cluster_workload
         from helm_engine.simulator.recording import device_of, read_recording
         from helm_engine.simulator.simulation import EngineModel
         from helm_engine.simulator.trace import make_trace
@@ -106,6 +114,8 @@ class RequestOptions:
             return recording.trace(recording.workload(engine.setting), scale), engine
         assert self.workload is not None
         workload = load_workload(self.workload, self.setting)
+        if engines > 1:
+            workload = cluster_workload(workload, engines)
         data = workload.resolved_setting
         device = load_cost_profile(builtin_or_file("profiles", profile or data.profile, "profile"))
         return make_trace(workload, self.seed, scale=scale), EngineModel(data, device)
@@ -142,6 +152,7 @@ def _checked(
 @takes_option_groups
 def simulate(
     requests: RequestOptions,
+    cluster: ClusterOptions,
     emb_fraction: Annotated[
         float,
         typer.Option(metavar="SHARE", min=0.0, max=1.0, help="EMB share of the pages, 0 to 1."),
@@ -176,20 +187,29 @@ def simulate(
     """Run a workload, or recorded requests, through the engine in virtual time."""
     splits = _checked(controller, at or [], json_file, step_log)
     requests.check()
+    cluster.check()
     from helm_engine.controller.controller_config import ControllerConfig
     from helm_engine.simulator import figures
+    from helm_engine.simulator.cluster import simulate_cluster
     from helm_engine.simulator.simulation import simulate as run
     from helm_engine.simulator.workloads import as_json
 
     try:
         with SlowNotice() as notice:
             notice.say("making requests")
-            trace, engine = requests.made(profile, scale)
+            trace, engine = requests.made(profile, scale, cluster.engines or 1)
             model = replace(engine, controller=ControllerConfig(name=controller), scale=scale)
             wanted, device = trace.workload, model.profile
             schedule = [(wanted.warm_up_s + when, share) for when, share in splits]
             notice.say(f"running {len(trace)} requests")
-            result = run(trace, model, emb_fraction, schedule)
+            if cluster.engines is None:
+                result = run(trace, model, emb_fraction, schedule)
+                told, steps = figures.as_json(result), result.steps
+            else:
+                engines = cluster.model(model, emb_fraction, requests.seed)
+                found = simulate_cluster(trace, engines, schedule)
+                result, told = found.result, {**cluster.as_json(engines), **found.as_json()}
+                steps = found.steps_with_engines()
     except ValueError as error:
         raise CommandError(str(error)) from error
     regimes = figures.figures_by_regime(result)
@@ -205,26 +225,27 @@ def simulate(
         "seed": requests.seed,
         "scale": scale,
     }
-    _write(result, about, json_file, step_log)
+    _write({**about, "result": told}, steps, json_file, step_log)
 
 
 def _write(
-    result: Result, about: dict[str, Any], json_file: Path | None, step_log: Path | None
+    told: dict[str, Any],
+    steps: dict[str, FloatArray],
+    json_file: Path | None,
+    step_log: Path | None,
 ) -> None:
     """Writes the files that were asked for.
 
     Raises:
         CommandError: one cannot be written.
     """
-    from helm_engine.simulator import figures
     from helm_engine.simulator.step_log import write_steps
 
     try:
         if json_file is not None:
-            text = json.dumps({**about, "result": figures.as_json(result)}, indent=2)
-            json_file.write_text(text + "\n", encoding="utf-8")
+            json_file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         if step_log is not None:
-            write_steps(step_log, result.steps)
+            write_steps(step_log, steps)
     except OSError as error:
         raise CommandError(f"{error.filename}: {error.strerror}") from error
 

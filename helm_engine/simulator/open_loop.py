@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from heapq import merge
+from math import inf
 from typing import Protocol
 
 from helm_engine.clock import VirtualClock
@@ -70,6 +71,80 @@ class Audience(Protocol):
         ...
 
 
+class OpenLoop:
+    """An engine core that lives on while things come to it from outside, at times of the clock."""
+
+    def __init__(self, core: EngineCore, timer: Timer, audience: Audience) -> None:
+        """Takes an idle engine, the clock that it reads, and who is told how requests end."""
+        self.core = core
+        self._timer = timer
+        self._audience = audience
+        self._wakes: float | None = None
+        """At rest until then, or until something comes; None = it is about to look for work."""
+
+    @property
+    def next_at(self) -> float:
+        """When it does something next, if nothing comes before; infinite = never."""
+        return self._timer.now() if self._wakes is None else self._wakes
+
+    def proceed(self) -> None:
+        """The next thing that it does by itself, at `next_at`: a step, if there is anything to do."""
+        if self._wakes is not None:
+            self._wake_up(self._wakes)
+        self._go_on()
+
+    def come_to(self, when: float) -> None:
+        """Everything until something comes from outside, which ends a rest.
+
+        A step that began before ends first, so the clock may show a later time then.
+        """
+        while self._timer.now() < when:
+            if self._wakes is None:
+                self._go_on()
+            else:
+                self._wake_up(min(self._wakes, when))
+        if self._wakes is not None:
+            self._wake_up(when)
+
+    def add(self, request: Request, due: float) -> None:
+        """A request that came then, at the latest now; see `come_to`."""
+        request.arrival = due
+        try:
+            self.core.add_request(request)
+        except HelmError as error:
+            self._audience.refused(request, error)
+
+    def finish(self, drain: bool = False) -> None:
+        """Everything until all requests have ended; with `drain`, until all moves and refills have.
+
+        Nothing may come any more.
+        """
+        while self.core.has_work or (drain and self.core.has_background_work):
+            if self._wakes is None:
+                self._go_on()
+            else:
+                self._wake_up(min(self._wakes, self._timer.now() + _BACKGROUND_SECONDS))
+        if self._wakes is not None:
+            self._wake_up(self._timer.now())
+
+    def _go_on(self) -> None:
+        """A step, if there is anything to do; a rest, if nothing is left."""
+        core, timer = self.core, self._timer
+        if core.has_work or core.has_background_work:
+            for ended in core.step():
+                self._audience.ended(ended, timer.now())
+        if not core.has_work:
+            rest_s = inf if core.control is None else _HEARTBEAT_SECONDS
+            if core.has_background_work:
+                rest_s = _BACKGROUND_SECONDS
+            self._wakes = timer.now() + rest_s
+
+    def _wake_up(self, when: float) -> None:
+        self._timer.wait_until(when)
+        self._wakes = None
+        self.core.control_boundary()
+
+
 def offer(
     core: EngineCore,
     timer: Timer,
@@ -89,32 +164,15 @@ def offer(
         events: seconds after the start, and what to do then; between two steps.
         drain: whether moves and refills are waited for too.
     """
-    begin = timer.now()
     # Times of the clock from here on: a difference of two may miss what it was made of by a bit.
-    coming = iter(requests)
-    due = next(coming, None)
-    happening = deque((begin + when, act) for when, act in sorted(events, key=lambda one: one[0]))
-    while due is not None or happening or core.has_work or (drain and core.has_background_work):
-        while happening and happening[0][0] <= timer.now():
-            happening.popleft()[1]()
-        while due is not None and begin + due[0] <= timer.now():
-            request = due[1]()
-            request.arrival = begin + due[0]
-            try:
-                core.add_request(request)
-            except HelmError as error:
-                audience.refused(request, error)
-            due = next(coming, None)
-        if core.has_work or core.has_background_work:
-            for ended in core.step():
-                audience.ended(ended, timer.now())
-        if not core.has_work:
-            wake = [] if due is None else [begin + due[0]]
-            if happening:
-                wake.append(happening[0][0])
-            if core.has_background_work:
-                wake.append(timer.now() + _BACKGROUND_SECONDS)
-            if core.control is not None and wake:
-                wake.append(timer.now() + _HEARTBEAT_SECONDS)
-            timer.wait_until(min(wake, default=0.0))
-            core.control_boundary()
+    begin, loop = timer.now(), OpenLoop(core, timer, audience)
+    happening = ((when, act, None) for when, act in sorted(events, key=lambda one: one[0]))
+    coming = ((when, None, made) for when, made in requests)
+    for when, act, made in merge(happening, coming, key=lambda one: one[0]):
+        due = begin + when
+        loop.come_to(due)
+        if act is not None:
+            act()
+        elif made is not None:
+            loop.add(made(), due)
+    loop.finish(drain)

@@ -39,6 +39,8 @@ SCALES = (1, 2, 4, 8, 16, 32, 64)
 
 _GOLDEN, _MASK = 0x9E3779B9, (1 << 32) - 1
 """Fibonacci hashing of 32 bits: multiples of the golden ratio are spread evenly."""
+_GOLDEN_64, _MASK_64 = 0x9E3779B97F4A7C15, (1 << 64) - 1
+"""Likewise of 64 bits; the multiplier is odd, so numbers stay distinct."""
 
 
 def check_scale(scale: int) -> None:
@@ -123,11 +125,19 @@ def coarse_hashes(
         scale: blocks that a coarse one stands for.
     """
     most = (longest // block_tokens + scale - 1) // scale
-    numbers = [number.to_bytes(16, "little") for number in range(int(most.max(initial=0)))]
     return [
-        [BlockHash(digest + number) for number in numbers[:blocks]]
+        _hashes_of_person(digest, blocks)
         for digest, blocks in zip(digests, most.tolist(), strict=True)
     ]
+
+
+def _hashes_of_person(digest: bytes, number: int) -> list[BlockHash]:
+    # The digest and the block's number would do; but tables look at a hash's last bytes only, as
+    # if they were as random as all.
+    begin = int.from_bytes(digest[-8:], "big")
+    lasts = [(begin + block * _GOLDEN_64) & _MASK_64 for block in range(1, number + 1)]
+    padded = digest + bytes(8)
+    return [BlockHash(padded + last.to_bytes(8, "big")) for last in lasts]
 
 
 def coarse_history(

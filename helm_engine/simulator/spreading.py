@@ -1,7 +1,8 @@
-"""Requests over several engines: who goes where, and what that makes of latencies.
+"""Requests over several engines by user alone, and what that makes of latencies.
 
-There is no router yet that knows what engines hold. A user goes to one engine, by a consistent
-hash, so that KV is found again; rows are held by every engine that is asked for them.
+A user goes to one engine, by a consistent hash, so that KV is found again; rows are held by every
+engine that is asked for them. So each engine can be run by itself; with routers that know what
+engines hold they cannot, which `cluster` is for.
 """
 
 from __future__ import annotations

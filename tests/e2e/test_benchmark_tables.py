@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from benchmarks import controller_tables, real_tables
+from benchmarks import cluster_tables, controller_tables, real_tables
 from tests.e2e.running_server import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -236,6 +236,11 @@ def test_the_page_of_controllers_shows_the_figures_of_their_file() -> None:
     page = (REPOSITORY / "docs" / "controller-results.md").read_text(encoding="utf-8")
     found = result("controller") if controller_tables.RESULT.is_file() else {}
     assert controller_tables.filled(page, found) == page
+
+
+def test_the_page_of_clusters_shows_the_figures_of_their_file() -> None:
+    page = (REPOSITORY / "docs" / "cluster.md").read_text(encoding="utf-8")
+    assert cluster_tables.filled(page, result("cluster")) == page
 
 
 def test_the_page_shows_what_was_run_for_real() -> None:

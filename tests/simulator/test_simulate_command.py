@@ -78,6 +78,13 @@ def test_a_setting_and_its_device_or_another_one(mine: str, tmp_path: Path) -> N
         (["--controller", "magic"], "controller: 'magic'"),
         (["--controller", "static:0.5", "--at", "5:0.5"], "--at: "),
         (["--json", "no/such/out.json"], "--json: no/such/out.json"),
+        (["--routers", "2"], "--routers: nobody routes to a single engine"),
+        (["--staleness", "1"], "--staleness: nobody routes to a single engine"),
+        (["--engines", "0"], "--engines"),
+        (["--engines", "2", "--routers", "0"], "--routers"),
+        (["--engines", "2", "--staleness", "-1"], "--staleness"),
+        (["--engines", "2", "--routing-policy", "magic"], "policy: must be one of"),
+        (["--engines", "2", "--emb-spread", "0.8"], "emb_fraction: -0.1 to 0.7"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(mine: str, changes: list[str], named: str) -> None:
@@ -100,6 +107,29 @@ def test_at_a_scale_the_same_requests_meet_a_smaller_engine(mine: str, tmp_path:
     assert (full["scale"], quarter["scale"]) == (1, 4)
     assert quarter["result"]["requests"] == full["result"]["requests"]
     assert quarter["result"]["emb_fraction"] == pytest.approx(0.3, abs=0.005)
+
+
+def test_several_engines_behind_routers(mine: str, tmp_path: Path) -> None:
+    out, log = tmp_path / "out.json", tmp_path / "steps.npz"
+    wanted = ["--workload", mine, "--emb-fraction", "0.4", "--engines", "3", "--routers", "2"]
+    wanted += ["--routing-policy", "kv", "--staleness", "0.5", "--emb-spread", "0.2"]
+    done = invoke(*wanted, "--json", str(out), "--step-log", str(log))
+    assert done.exit_code == 0, done.stderr
+    written = json.loads(out.read_text())
+    assert written["setting"]["requests_per_s"] == 120.0
+    result = written["result"]
+    assert (result["policy"], result["routers"], result["staleness_s"]) == ("kv", 2, 0.5)
+    assert result["emb_fractions_at_start"] == pytest.approx([0.3, 0.4, 0.5])
+    engines = result["engines"]
+    assert [one["name"] for one in engines] == ["engine-0", "engine-1", "engine-2"]
+    assert sum(one["requests"] for one in engines) == result["requests"] > 900
+    busy = [one["busy"] for one in engines]
+    assert result["load_spread"] == pytest.approx(max(busy) / np.mean(busy))
+    for one, share in zip(engines, (0.3, 0.4, 0.5), strict=True):
+        assert one["fraction_over_time"]["committed"][-1] == pytest.approx(share, abs=0.001)
+    with np.load(log) as steps:
+        assert set(steps) == {*COLUMNS, "engine"}
+        assert set(steps["engine"]) == {0, 1, 2}
 
 
 def test_a_pool_that_is_too_small_is_refused(tmp_path: Path) -> None:
