@@ -315,7 +315,8 @@ class EmbeddingCache:
     def _rows_on(self, page_ids: PageIds) -> RowIds:
         """Rows that sit on pages, int64 [n]."""
         rows = self._row_of_slot[slots_of(page_ids, self.rows_per_page)]
-        return rows[rows != NOWHERE].astype(np.int64)
+        resident: RowIds = rows[rows != NOWHERE].astype(np.int64)
+        return resident
 
     def forget(self, moves: RowMoves) -> None:
         """The copies may not have been made: the rows that were moved are no longer resident."""

@@ -167,7 +167,9 @@ class RowDigest:
         resident = self.resident()
         parts = range(0, len(resident), _POSITIONS_PER_EVENT)
         stored = [pack_positions(resident[i : i + _POSITIONS_PER_EVENT]) for i in parts]
-        return [[RowsCleared()], *([RowsStored(packed)] for packed in stored)]
+        batches: list[list[RowEvent]] = [[RowsCleared()]]
+        batches += [[RowsStored(packed)] for packed in stored]
+        return batches
 
 
 def _joined(parts: RowParts) -> RowIds:

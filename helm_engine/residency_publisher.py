@@ -183,11 +183,11 @@ class ResidencyPublisher:
             for socket in (self._published, self._replay, self._woken):
                 socket.close(linger=0)
 
-    def _milliseconds_to_wait(self) -> float | None:
+    def _milliseconds_to_wait(self) -> int | None:
         waits = [_BIND_AGAIN_SECONDS] if self._unbound else []
         if self._came or self._went:
             waits.append(max(0.0, self._rows_due - time.monotonic()))
-        return 1e3 * min(waits) if waits else None
+        return int(1e3 * min(waits)) if waits else None
 
     def _publish(self, report: _Report) -> None:
         self._came += report.rows.came

@@ -119,4 +119,5 @@ def price_ms(costs: FloatArray, amounts: FloatArray) -> FloatArray:
     """
     # Not einsum: it may sum engines in different orders, and equal engines must cost the same to
     # the last bit.
-    return (costs * amounts).sum(axis=1)
+    prices: FloatArray = (costs * amounts).sum(axis=1)
+    return prices

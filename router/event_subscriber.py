@@ -239,7 +239,7 @@ class EventSubscriber:
         for socket in (self._orders, *sockets):
             poller.register(socket, zmq.POLLIN)
         left = max(0.0, until - time.monotonic())
-        ready = {socket for socket, _ in poller.poll(None if left == inf else 1e3 * left)}
+        ready = {socket for socket, _ in poller.poll(None if left == inf else int(1e3 * left))}
         if self._orders in ready:
             if self._orders.recv() == _CLOSE:
                 raise _ClosedError

@@ -88,7 +88,7 @@ class OpenLoop:
         return self._timer.now() if self._wakes is None else self._wakes
 
     def proceed(self) -> None:
-        """The next thing that it does by itself, at `next_at`: a step, if there is anything to do."""
+        """The next thing that it does by itself, at `next_at`: a step, if there is work."""
         if self._wakes is not None:
             self._wake_up(self._wakes)
         self._go_on()
