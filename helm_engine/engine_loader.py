@@ -18,7 +18,7 @@ from helm_engine.page_values import page_value_estimator
 from helm_engine.protocol import parse_request
 from helm_engine.residency_publisher import ResidencyPublisher
 from helm_engine.sample_request import sample_request
-from helm_engine.scheduler import build_scheduler
+from helm_engine.scheduler import Scheduler, build_scheduler
 from helm_engine.served_model import ServedModel
 from model_executor.attention.registry import attention_backend
 from model_executor.capabilities import StepRules, capabilities_of, step_rules
@@ -70,9 +70,8 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         ModelDirectoryError: the directory cannot be served.
         HelmError: the first step failed.
         PoolTooSmallError: the pool cannot hold what one request may need.
-        ValueError: the device, the attention backend or the host tier is not available, the
-            cost profile cannot be read, the controller is unknown or cannot do without one, or an
-            address for events cannot be used.
+        ValueError: a setting names what is not there or cannot be used: the device, the attention
+            backend, the host tier, the cost profile, the controller, an address for events.
     """
     model_config = load_config(config.model_dir)
     device = _device(config.executor.device)
@@ -116,34 +115,36 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         memory=runner.memory,
         activation_bound=bound,
         can_retrieve=runner.retrieval_head is not None,
-        cost_profile=None
-        if config.cost_profile is None
-        else load_cost_profile(config.cost_profile),
+        cost_profile=config.cost_profile and load_cost_profile(config.cost_profile),
     )
     _log_memory(served)
     _log_capabilities(served)
     processor = served.input_processor(new_user_key())
     _warm_up(served, processor, runner, rules)
     runner.loader.forget_traffic()
-    poisons = config.poison_freed_memory
-    if poisons:
+    if config.poison_freed_memory:
         runner.arena.poison()
     scheduler = build_scheduler(
         config.scheduler,
         layout,
         table.num_rows,
         rules,
-        poisons,
+        config.poison_freed_memory,
         _page_values(served.cost_profile, layout, table.num_rows),
         config.host_tier.refill,
         HOST_NUMBER_BYTES * model_config.row_dim,
     )
     control = build_control(config.controller, scheduler, clock.now())
-    residency = None
-    if config.residency.endpoint is not None:
-        residency = ResidencyPublisher(config.residency, served.name, scheduler.kv, scheduler.emb)
+    residency = _tell_residency(config, scheduler)
     core = EngineCore(scheduler, runner, clock, control, residency)
     return LoadedEngine(served, runner, processor, core, residency)
+
+
+def _tell_residency(config: EngineConfig, scheduler: Scheduler) -> ResidencyPublisher | None:
+    """What tells routers what the engine holds, where they have an address to listen at."""
+    if config.residency.endpoint is None:
+        return None
+    return ResidencyPublisher(config.residency, config.model_name, scheduler.kv, scheduler.emb)
 
 
 def _open_host_tier(config: EngineConfig, model_config: ModelConfig) -> HostStore:

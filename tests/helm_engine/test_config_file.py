@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from helm_engine.entrypoints.cli import app
 from helm_engine.entrypoints.engine_options import EngineOptions
+from helm_engine.entrypoints.fleet_options import FleetOptions
 from helm_engine.entrypoints.server_options import ServerOptions
 
 
@@ -176,16 +177,31 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "record_trace_max_bytes": _SIZE,
     "api_key_file": _PATH,
     "admin_key_file": _PATH,
+    "kv_events_endpoint": _TEXT,
+    "kv_events_replay_endpoint": _TEXT,
+    "kv_events_buffer": _COUNT,
+    "kv_events_redact": st.booleans(),
+    "row_digest_positions": st.integers(1, 1 << 32),
+    "row_digest_interval": st.floats(0.0, 1e6),
+    "engine_name": st.text("abc-", min_size=1),
+    "num_engines": st.integers(0, 64),
+    "engine": st.lists(_TEXT, max_size=3),
+    "user_key_file": _PATH,
+    "routing_policy": _TEXT,
+    "hedge_ms": st.floats(0.1, 1e6),
+    "suspect_timeout": st.floats(0.1, 1e6),
 }
 _WITHOUT_DEFAULT = {
     "served-model-name", "cost-profile", "otlp-traces-endpoint", "api-key-file", "admin-key-file",
     "max-pages-per-step", "host-link-bytes-per-second", "controller", "decision-log",
-    "record-trace",
+    "record-trace", "user-key-file", "hedge-ms", "kv-events-endpoint",
+    "kv-events-replay-endpoint", "engine-name",
 }  # fmt: skip
 
 
 def test_the_property_below_knows_every_option() -> None:
-    options = {*EngineOptions.__dataclass_fields__, *ServerOptions.__dataclass_fields__}
+    groups = (EngineOptions, ServerOptions, FleetOptions)
+    options = {name for group in groups for name in group.__dataclass_fields__}
     assert _VALUES.keys() == options - {"api_key", "admin_key", "host_tier"}, "but for secrets"
 
 
@@ -205,6 +221,8 @@ def _flags(values: dict[str, Any]) -> list[str]:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            flags += [f"--{flag}={one}" for one in value]
         else:
             flags.append(f"--{flag}={value}")
     return flags
