@@ -20,7 +20,8 @@ NAMES = ("a", "b", "c", "d")
 
 
 def queues(dispatcher: Dispatcher) -> list[float]:
-    return dispatcher.registry.queue_ms().tolist()
+    found: list[float] = dispatcher.registry.queue_ms().tolist()
+    return found
 
 
 @given(st.integers(0, 2**32))
