@@ -14,6 +14,7 @@ from block_manager.events import AllBlocksCleared, BlockRemoved, BlockStored, KV
 from block_manager.kv_event_log import KvEventLog, events_of, snapshot_events
 from tests.router.deviceless_engine import (
     BLOCK_TOKENS,
+    LONGEST,
     NUM_USERS,
     Books,
     Tokens,
@@ -67,7 +68,7 @@ def test_stored_blocks_come_with_parent_items_and_what_else_is_hashed() -> None:
     tokens, hashes = history(1, 19), hashes_of(1, 19)
     items = [max(0, row) for row in tokens.rows.tolist()]
     tag = f"{user_tag(digest_of(1)):016x}"
-    keys: list[tuple[str, ...] | None] = [
+    keys = [
         (
             tag,
             hashlib.blake2b(
@@ -126,9 +127,9 @@ def test_the_same_content_twice_is_stored_twice_and_removed_twice() -> None:
 
 def test_reuse_is_no_event() -> None:
     books = Listened()
-    books.visit(0, 9)  # The block that ends before the last token is full.
+    books.visit(0, LONGEST - 1)
     books.listen()
-    books.visit(0, 9)
+    books.visit(0, LONGEST - 1)
     assert books.batch().events == []
 
 
