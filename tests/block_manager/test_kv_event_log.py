@@ -68,7 +68,7 @@ def test_stored_blocks_come_with_parent_items_and_what_else_is_hashed() -> None:
     tokens, hashes = history(1, 19), hashes_of(1, 19)
     items = [max(0, row) for row in tokens.rows.tolist()]
     tag = f"{user_tag(digest_of(1)):016x}"
-    keys = [
+    keys: list[tuple[str, ...] | None] = [
         (
             tag,
             hashlib.blake2b(

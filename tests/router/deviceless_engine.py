@@ -135,7 +135,8 @@ class Books:
     def blocks(self) -> Counter[bytes]:
         index = self.kv.pool.cached_block_hash_to_block
         known = {each for user in range(NUM_USERS) for each in hashes_of(user, LONGEST)}
-        return +Counter({each: len(index.holders(each)) for each in known})
+        counts: dict[bytes, int] = {each: len(index.holders(each)) for each in known}
+        return +Counter(counts)
 
     def rows(self) -> npt.NDArray[np.int64]:
         return np.flatnonzero(self.emb.slot_of_row >= 0)
