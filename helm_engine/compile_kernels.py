@@ -73,7 +73,7 @@ def _compile_event_laws() -> None:
 
 
 def main() -> None:
-    """Compiles both tenants' books, what builds a step's arrays, attention of CPUs, draws, routing."""
+    """Compiles both tenants' books, steps' arrays, attention of CPUs, draws and routing."""
     BlockPool(np.arange(1))
     row = np.zeros(1, dtype=np.int64)
     distinct, cache = DistinctRows(1), EmbeddingCache(row, rows_per_page=1, num_rows=1)

@@ -146,7 +146,7 @@ def costs_of(served: ServedModel) -> EngineCosts:
 
 
 def load_routing_kernels() -> None:
-    """Compiles what routing computes with, or reads it from disk: no request is to wait for that."""
+    """Compiles what routing computes with, or reads it from disk: no request waits for that."""
     dispatcher = Dispatcher()
     residency = dispatcher.residency
     dispatcher.add_engine("a", DEFAULT_COSTS, num_rows=1, num_positions=1)

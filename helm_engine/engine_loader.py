@@ -115,7 +115,7 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         memory=runner.memory,
         activation_bound=bound,
         can_retrieve=runner.retrieval_head is not None,
-        cost_profile=config.cost_profile and load_cost_profile(config.cost_profile),
+        cost_profile=load_cost_profile(config.cost_profile) if config.cost_profile else None,
     )
     _log_memory(served)
     _log_capabilities(served)
