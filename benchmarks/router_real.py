@@ -102,7 +102,7 @@ class Arm:
 def run(seed: int, quick: bool, pool: ProcessPoolExecutor) -> dict[str, Any]:
     """All policies on the visits of one seed."""
     round_s, rounds = (QUICK_ROUND_S, QUICK_ROUNDS) if quick else (ROUND_S, ROUNDS)
-    directory = model_dir("abs", 640, 200_000)
+    directory = model_dir("abs", 640)
     rng = np.random.default_rng(seed)
     with ExitStack() as stack:
         arms = []

@@ -25,6 +25,7 @@ from helm_engine.controller.observation_sums import (
 )
 from helm_engine.controller.policy_network import best_action
 from helm_engine.datasets.ml100k import MovieLens100K
+from helm_engine.engine_choice import load_routing_kernels
 from helm_engine.request_trace.siphash import SipKey, siphash
 from helm_engine.simulator.events.law import Asked, EventLaw
 from helm_engine.simulator.events.ml100k import MovieLensLaw
@@ -72,7 +73,7 @@ def _compile_event_laws() -> None:
 
 
 def main() -> None:
-    """Compiles both tenants' books, what builds a step's arrays, attention of CPUs, and draws."""
+    """Compiles both tenants' books, steps' arrays, attention of CPUs, draws and routing."""
     BlockPool(np.arange(1))
     row = np.zeros(1, dtype=np.int64)
     distinct, cache = DistinctRows(1), EmbeddingCache(row, rows_per_page=1, num_rows=1)
@@ -91,6 +92,7 @@ def main() -> None:
     _compile_event_laws()
     siphash(row.view(np.uint64).reshape(-1, 1), SipKey(0, 0))
     _compile_observation()
+    load_routing_kernels()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
+
+from block_manager.events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    ExternalBlockHash,
+    KVEventBatch,
+    RowEventBatch,
+    RowsCleared,
+    RowsRemoved,
+    RowsStored,
+)
 from helm_engine.clock import Clock
 from helm_engine.fleet_member import Engine
 from helm_engine.request import Request
@@ -130,3 +143,25 @@ def costs_of(served: ServedModel) -> EngineCosts:
         row_miss_ms=profile.row_miss_ms,
         round_trip_ms=profile.round_trip_ms,
     )
+
+
+def load_routing_kernels() -> None:
+    """Compiles what routing computes with, or reads it from disk: no request waits for that."""
+    dispatcher = Dispatcher()
+    residency = dispatcher.residency
+    dispatcher.add_engine("a", DEFAULT_COSTS, num_rows=1, num_positions=1)
+    # More than an index has room for at first: it grows.
+    hashes: list[ExternalBlockHash] = [place.to_bytes(32, "little") for place in range(1 << 12)]
+    stored = BlockStored(hashes, None, [], 1, None, None, None)
+    position = bytes(4)
+    for kv, rows in (
+        (stored, RowsStored(position)),
+        (BlockRemoved(hashes, None), RowsRemoved(position)),
+        (stored, RowsStored(position)),
+        (AllBlocksCleared(), RowsCleared()),
+    ):
+        residency.apply_kv("a", KVEventBatch(0.0, [kv]))
+        residency.apply_rows("a", RowEventBatch(0.0, [rows], 1))
+        row = np.zeros(1, dtype=np.int64)
+        assignment = dispatcher.route(Work([bytes(32)], 1, 1, row, row), 0.0)
+        dispatcher.finished(assignment, 0.0, service_ms=1.0)

@@ -18,7 +18,7 @@ from typing import Any
 
 from helm_engine.clock import Clock, SystemClock
 from helm_engine.config import FleetConfig
-from helm_engine.engine_choice import EngineChoice
+from helm_engine.engine_choice import EngineChoice, load_routing_kernels
 from helm_engine.engine_stats import EngineStats
 from helm_engine.exceptions import (
     EngineNotFoundError,
@@ -330,7 +330,11 @@ class EngineFleet:
             ValueError: engines do not serve the same model.
             EngineUnavailableError: none of them could be reached.
         """
-        await asyncio.gather(*(post.member.start() for post in self.posts))
+        starts = [post.member.start() for post in self.posts]
+        if len(starts) > 1:
+            await asyncio.gather(asyncio.to_thread(load_routing_kernels), *starts)
+        else:
+            await starts[0]
         self.refresh()
         for post in self.posts:
             if post.refused is not None:
