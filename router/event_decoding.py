@@ -8,6 +8,8 @@ keep a router from reading the rest.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -48,7 +50,8 @@ def decode_rows(payload: bytes) -> RowEventBatch:
     Raises:
         ValueError: it is none.
     """
-    return _ROWS.decode(payload)
+    with _limited_depth():
+        return _ROWS.decode(payload)
 
 
 def decode_kv(payload: bytes) -> KVEventBatch:
@@ -57,10 +60,19 @@ def decode_kv(payload: bytes) -> KVEventBatch:
     Raises:
         ValueError: it is none.
     """
+    with _limited_depth():
+        try:
+            return _KV.decode(payload)
+        except msgspec.ValidationError:
+            return _decode_foreign(payload)
+
+
+@contextmanager
+def _limited_depth() -> Iterator[None]:
     try:
-        return _KV.decode(payload)
-    except msgspec.ValidationError:
-        return _decode_foreign(payload)
+        yield
+    except RecursionError as error:
+        raise ValueError("events: too many arrays or maps in each other") from error
 
 
 def _decode_foreign(payload: bytes) -> KVEventBatch:
@@ -77,9 +89,9 @@ def _decode_foreign(payload: bytes) -> KVEventBatch:
 def _plain_event(event: Any) -> dict[str, Any] | None:
     """An event as 0.32 writes it; None = of an unknown kind."""
     if isinstance(event, dict):
-        kind, fields = event.get("type"), event
+        kind, fields = _name(event.get("type")), event
     elif isinstance(event, list) and event:
-        kind = event[0]
+        kind = _name(event[0])
         names = _KINDS[kind].__struct_fields__ if kind in _KINDS else ()
         fields = dict(zip(names, event[1:], strict=False))
     else:
@@ -89,3 +101,9 @@ def _plain_event(event: Any) -> dict[str, Any] | None:
         return None
     known = {name: fields[name] for name in _READ if name in fields}
     return {"type": kind, **_ALWAYS_THERE[kind], **known}
+
+
+def _name(kind: Any) -> str:
+    if not isinstance(kind, str):
+        raise ValueError("events: the kind of an event must be a string")
+    return kind
