@@ -32,6 +32,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # The processes share the machine's cores a
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
 
+from benchmarks import router_decision
 from benchmarks.cluster_file import add_found, read_earlier
 from benchmarks.cluster_plots import draw_policies, draw_sweeps
 from benchmarks.cluster_runs import PACE, PARTS, WARM_UP_S, Found, Task, run_task
@@ -86,11 +87,6 @@ def all_found(todo: list[Task], processes: int) -> Iterator[tuple[Task, Found]]:
             yield task, found
 
 
-def decision_figures(seed: int, quick: bool) -> dict[str, Any]:
-    """What a decision costs, measured as `benchmarks/router_decision.py` does."""
-    raise NotImplementedError
-
-
 def summarize(figures: dict[str, Any]) -> None:
     """Works out anew what follows from the records."""
     cells = figures["cells"]
@@ -135,7 +131,7 @@ def main() -> None:
     figures = read_earlier(arguments.json)
     figures["commands"] = [*figures["commands"], _command()]
     if DECISION in parts:  # Before the others make the machine busy.
-        figures |= decision_figures(seeds[0], quick)
+        figures |= router_decision.measure(seeds[0], quick)
     for task, found in all_found(
         tasks(parts, workloads, seeds, arguments.scale, quick), arguments.processes
     ):
