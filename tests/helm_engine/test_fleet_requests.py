@@ -157,8 +157,9 @@ def test_without_another_engine_a_silent_one_is_waited_for(served: ServedModel) 
         asked = asyncio.create_task(front.ask())
         await asyncio.sleep(0.3)
         holder = front.holder()
+        assert holder.client.withdrawn == []
         holder.client.answer(holder.client.received[0])
-        await asked
+        assert len((await asked).data) == 3
 
     run(lambda: Front(served, suspect_timeout=0.1), scenario)
 

@@ -305,12 +305,14 @@ def test_a_cut_cable_costs_no_answer_where_there_is_another_engine(
             try:
                 address = await cable.open()
                 async with front_of(address, other.host.address, lost_seconds=2.0) as front:
-                    await asyncio.gather(*(front.ask(user=f"u{n}") for n in range(4)))
+                    answers = await asyncio.gather(*(front.ask(user=f"u{n}") for n in range(4)))
                     cable.cut()
-                    for number in range(4):
-                        await front.ask(user=f"v{number}")
+                    answers += [await front.ask(user=f"v{number}") for number in range(4)]
                     await until(lambda: front.fleet.describe()[0]["state"] == "down")
-                    await asyncio.gather(*(front.ask(user=f"w{n}") for n in range(4)))
+                    before = front.fleet.posts[0].num_requests
+                    answers += await asyncio.gather(*(front.ask(user=f"w{n}") for n in range(4)))
+                    assert front.fleet.posts[0].num_requests == before
+                    assert all(len(answer.data) == 3 for answer in answers)
                     cable.mend()
                     await until(lambda: front.fleet.describe()[0]["state"] == "ready")
                     before = front.fleet.posts[0].num_requests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -93,12 +94,15 @@ def test_it_is_an_environment_of_gymnasium() -> None:
 
 
 def test_an_episode_can_be_left_at_any_time() -> None:
-    environment = AllocationEnvironment(episode)
-    environment.reset(seed=1)
-    environment.step(np.int64(0))
-    environment.reset(seed=2)
-    environment.close()
-    environment.close()
+    left, fresh = AllocationEnvironment(episode), AllocationEnvironment(episode)
+    engines = threading.active_count()
+    left.reset(seed=1)
+    left.step(np.int64(0))
+    assert left.reset(seed=2)[0].tolist() == fresh.reset(seed=2)[0].tolist()
+    assert threading.active_count() == engines + 2
+    for environment in (left, fresh, left):
+        environment.close()
+    assert threading.active_count() == engines
 
 
 def test_an_engine_that_breaks_tells_the_agent() -> None:
