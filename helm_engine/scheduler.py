@@ -42,6 +42,7 @@ from model_executor.step import (
     Retrieval,
     ScheduledRequest,
     SchedulerOutput,
+    StepTimings,
 )
 
 _NO_MOVES = RowMoves()
@@ -74,6 +75,16 @@ class SchedulerStats:
     """Distinct rows asked for, step by step."""
     row_hits: int = 0
     """Those that were in the pool."""
+    load_ms: float = 0.0
+    """Milliseconds that steps spent on loading and copying rows."""
+    prefill_ms: float = 0.0
+    score_ms: float = 0.0
+
+    def add_times(self, spent: StepTimings) -> None:
+        """Counts a step that was carried out."""
+        self.load_ms += spent.load
+        self.prefill_ms += spent.prefill
+        self.score_ms += spent.score
 
 
 class Scheduler:
@@ -355,6 +366,7 @@ class Scheduler:
         """Commits a step that was carried out; returns the requests it finished."""
         if step.requests:
             self._step_times.end(now)
+        self.stats.add_times(output.timings_ms)
         self.emb.commit(step.rows)
         self.refills.settle(output.refilled, output.refill_failed, now)
         finished = []

@@ -53,6 +53,12 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
     """The same in standard deviations of a Poisson process of the longer time's rate."""
     foreground_bytes_per_s: float = 0.0
     """Bytes of rows that steps had to wait for, per second."""
+    load_busy: float = 0.0
+    """Share of the time that steps spent on loading and copying rows, 0..1."""
+    prefill_busy: float = 0.0
+    """The share that they spent on computing contexts."""
+    score_busy: float = 0.0
+    """And on scoring."""
     queue_delay_ms: float = 0.0
     """From arrival to the first step, mean of ended requests."""
     refill_backlog: float = 0.0
@@ -126,6 +132,9 @@ FEATURES = (
     "log_arrival_jump",
     "arrival_jump_sigmas",
     "log_foreground_bytes",
+    "load_busy",
+    "prefill_busy",
+    "score_busy",
     "queue_delay",
     "refill_backlog",
     "target_lag",

@@ -22,7 +22,7 @@ from helm_engine.controller.observation_sums import (
 )
 from helm_engine.exceptions import RequestAbortedError
 from helm_engine.request import Request, RequestStatus
-from helm_engine.scheduler import Scheduler
+from helm_engine.scheduler import Scheduler, SchedulerStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,19 @@ class WindowConfig:
 _NOTHING_KNOWN = PageValue()
 
 
+def _totals_of(stats: SchedulerStats) -> tuple[float, ...]:
+    """In the order of `observation_sums`, and of one type: a kernel is made for each mixture."""
+    return (
+        float(stats.prefix_queries),
+        float(stats.prefix_hits),
+        float(stats.row_queries),
+        float(stats.row_hits),
+        stats.load_ms,
+        stats.prefill_ms,
+        stats.score_ms,
+    )
+
+
 class ObservationCollector:
     """Gathers what an `Observation` says; single-threaded, as the engine is."""
 
@@ -69,7 +82,7 @@ class ObservationCollector:
             slo_ms,
             scheduler.refills.row_bytes,
             scheduler.pool.num_pages,
-            (stats.prefix_queries, stats.prefix_hits, stats.row_queries, stats.row_hits),
+            _totals_of(stats),
             (one.mean_s, one.arrivals_s, one.long_arrivals_s),
             now,
         )
@@ -114,10 +127,7 @@ class ObservationCollector:
             *observe(
                 self._sums,
                 now,
-                stats.prefix_queries,
-                stats.prefix_hits,
-                stats.row_queries,
-                stats.row_hits,
+                _totals_of(stats),
                 boundary.committed,
                 boundary.target,
                 1.0 - emb.usage if emb.wants_refill else 0.0,

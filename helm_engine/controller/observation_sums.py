@@ -29,17 +29,18 @@ from helm_engine.controller.decayed_window import weight as weight_of
 _SLO_MS, _ROW_BYTES, _NUM_PAGES, _LAST_ENDED = range(4)
 _TOTALS = 4
 """Of the scheduler, as last taken over: context tokens, those that were reused, rows, those that
-were in the pool."""
-_TOP = 8
+were in the pool, and the milliseconds of loads, of prefill and of scoring."""
+_TOP = 11
 """The highest bin of the histogram that was ever used."""
-_ARRIVALS = 9
+_ARRIVALS = 12
 _LONG_ARRIVALS = _ARRIVALS + FIRST_SUM + 1
 _MEANS = _LONG_ARRIVALS + FIRST_SUM + 1
 
 # Places in the window of means.
 _REQUESTS, _VIOLATIONS, _LATENCY_MS, _QUEUE_MS, _TOKENS, _HOT = range(FIRST_SUM, FIRST_SUM + 6)
 _PREFIX_QUERIES, _PREFIX_HITS, _ROW_QUERIES, _ROW_HITS = range(FIRST_SUM + 6, FIRST_SUM + 10)
-_FIRST_BIN = FIRST_SUM + 10
+_LOAD_MS, _PREFILL_MS, _SCORE_MS = range(FIRST_SUM + 10, FIRST_SUM + 13)
+_FIRST_BIN = FIRST_SUM + 13
 """Of the histogram of latencies."""
 
 
@@ -47,7 +48,7 @@ def observation_sums(
     slo_ms: float,
     row_bytes: int,
     num_pages: int,
-    totals: tuple[int, int, int, int],
+    totals: tuple[float, ...],
     windows_s: tuple[float, float, float],
     now: float,
 ) -> npt.NDArray[np.float64]:
@@ -57,7 +58,7 @@ def observation_sums(
         slo_ms: the service level.
         row_bytes: of a row on the host link.
         num_pages: of the pool.
-        totals: of the scheduler, see `observe`.
+        totals: of the scheduler, in the order of `_TOTALS`.
         windows_s: after which counts 1 / e: a mean, an arrival, an arrival in the longer time.
         now: seconds.
 
@@ -118,10 +119,7 @@ def add_ended(
 def observe(
     sums: Any,
     now: Any,
-    prefix_queries: Any,
-    prefix_hits: Any,
-    row_queries: Any,
-    row_hits: Any,
+    totals: Any,
     committed: Any,
     target: Any,
     refill_backlog: Any,
@@ -136,7 +134,8 @@ def observe(
     means, slo_ms = sums[_MEANS:], sums[_SLO_MS]
     # Of the quotients of two means it cancels.
     weight = weight_of(means, now)
-    _take_over(sums, weight, (prefix_queries, prefix_hits, row_queries, row_hits))
+    _take_over(sums, weight, totals)
+    passed = seconds(means, now)
     requests = means[_REQUESTS]
     missed_bytes = sums[_ROW_BYTES] * (means[_ROW_QUERIES] - means[_ROW_HITS]) / weight
     rate, jump, sigmas = _arrival_rate(sums, now)
@@ -157,7 +156,10 @@ def observe(
         rate,
         jump,
         sigmas,
-        _ratio(missed_bytes, seconds(means, now)),
+        _ratio(missed_bytes, passed),
+        _ratio(means[_LOAD_MS] / weight, passed * 1e3),
+        _ratio(means[_PREFILL_MS] / weight, passed * 1e3),
+        _ratio(means[_SCORE_MS] / weight, passed * 1e3),
         _ratio(means[_QUEUE_MS], requests),
         refill_backlog,
         target - committed,

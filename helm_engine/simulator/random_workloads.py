@@ -2,8 +2,7 @@
 
 What is changed: how heavy each kind of traffic is, how long regimes last and how fast they give
 way, who is hot, how long histories are, how popular items, what work costs, the service level, and
-where the split begins. All are over the setting `dlrmv3`, whose virtual seconds are the cheapest;
-the others, with their devices, are left for the examination.
+where the split begins. Most are over the setting `dlrmv3`, whose virtual seconds are the cheapest.
 """
 
 from __future__ import annotations
@@ -29,6 +28,10 @@ from model_executor.cost_profile import CostProfile, load_cost_profile
 
 _WORKLOADS = ("burst", "trend", "steady")
 _WORKLOAD_SHARES = (0.45, 0.35, 0.2)
+_SETTINGS = ("dlrmv3", "ml100k", "production")
+_SETTING_SHARES = (0.6, 0.2, 0.2)
+_LARGE_SETTING_S = 0.5
+"""Share of an episode's seconds over the other settings, with four times as many requests each."""
 _KEPT_TRACES = 32
 _NEW_TRACE_SHARE = 0.25
 """Drawing a trace takes as long as running it: it is run four times, each time on another device
@@ -75,14 +78,16 @@ class EpisodeDrawer:
 
     def _draw(self, rng: np.random.Generator) -> tuple[Trace, CostProfile]:
         name = _WORKLOADS[int(rng.choice(len(_WORKLOADS), p=_WORKLOAD_SHARES))]
-        workload, profile = _load(name)
-        workload = vary_workload(workload, self._seconds, rng)
+        place = int(rng.choice(len(_SETTINGS), p=_SETTING_SHARES))
+        workload, profile = _load(name, _SETTINGS[place])
+        seconds = self._seconds * (_LARGE_SETTING_S if place else 1.0)
+        workload = vary_workload(workload, seconds, rng)
         return make_trace(workload, int(rng.integers(1 << 31)), scale=self._scale), profile
 
 
-@lru_cache(maxsize=8)
-def _load(name: str) -> tuple[Workload, CostProfile]:
-    workload = load_workload(name, "dlrmv3")
+@lru_cache(maxsize=len(_WORKLOADS) * len(_SETTINGS))
+def _load(name: str, setting: str) -> tuple[Workload, CostProfile]:
+    workload = load_workload(name, setting)
     profile = builtin_or_file("profiles", workload.resolved_setting.profile, "profile")
     return workload, load_cost_profile(profile)
 

@@ -1,13 +1,20 @@
 """What a policy should have done, seen in hindsight: examples to begin its training with.
 
-A trace is run at a handful of static splits, on a device so fast that nothing queues, which tells
-how busy the real device would be with the requests of each moment. Requests wait the longer the
+How busy static splits would keep the device is known (`static_work.py`). Requests wait the longer the
 busier it is, so what a split costs is told by the slowdown of a queue and not by milliseconds: a
 dear split is bearable where there is room, and the last tenth of a device is what P99 is made of.
 
-The boundary should go where the slowdown of now and the mean of the whole trace together are least.
-The second term is for what nobody can foresee. Traffic turns from one moment to the next, and who
-is then at the end that the new traffic dislikes most makes the queue that P99 shows.
+What is sought is the course of the boundary with the least sum of three costs: the slowdown of each
+second, the mean slowdown that its split has over the whole trace, and a price for each move. The
+second is for what nobody can foresee. Traffic turns from one moment to the next, and who is then at
+the end that the new traffic dislikes most makes the queue that P99 shows. The third keeps the
+boundary where it is when another split is hardly better or soon will not be. Courses keep the slew
+limit, and the best one is found backwards from the end, for every split that a run may have strayed
+to (Bellman, Dynamic Programming, 1957).
+
+Each trace is seen on several devices. They differ in what a row costs that is loaded, against the
+work that is computed, and so in where the boundary should be; how busy they are, and their service
+level in milliseconds of their own, are like those of the device that the load was chosen for.
 
 An example is an observation of a run that strays at random, with the rate that leads there. The
 teacher knows the next seconds and the policy does not, so the policy learns what can be told from
@@ -17,7 +24,6 @@ what is seen.
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields, replace
 from functools import reduce
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,22 +39,21 @@ from helm_engine.controller.observation import Observation
 from helm_engine.simulator.environment import Episode
 from helm_engine.simulator.random_workloads import EpisodeDrawer
 from helm_engine.simulator.simulation import simulate
+from helm_engine.simulator.static_work import SHARES, Device, another_device, static_work
 
 FloatArray = npt.NDArray[np.float64]
 Float32Array = npt.NDArray[np.float32]
 
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.55, 0.7, 0.85)
-"""Static splits that are run; between them a device is taken to be busy in straight lines."""
 _GRID = np.linspace(0.1, 0.9, 41)
-_HASTE = 4.0
-"""The device is so many times faster while splits are compared."""
 _BEHIND_S, _AHEAD_S = 2.0, 4.0
 """Seconds around a moment whose requests tell what a split costs then."""
 _BUSIEST = 0.9
 """Busy share up to which the slowdown is that of a queue, 1 / (1 - busy); above it goes on in the
 tangent, since a device can be asked for more than it has for a while."""
-_TOLERANCE = 0.02
-"""Splits that cost so much more than the cheapest are as good: no move is made for them."""
+_MOVE_COST = 30.0
+"""Of a move of the whole pool, in seconds of a slowdown of 1."""
+_DEVICES = 2
+"""Of each trace."""
 _STRAY_SHARE, _STRAY_S = 0.06, 6.0
 """Share of the queries at which a run begins to stray, and for how many seconds at most."""
 
@@ -68,29 +73,41 @@ class Examples(NamedTuple):
         )
 
 
-def costs_over_time(episode: Episode) -> FloatArray:
-    """What each static split costs in each second: the slowdown of then and the mean slowdown.
+def costs_over_time(busy: FloatArray) -> FloatArray:
+    """What each split costs in each second: the slowdown of then and the mean slowdown.
+
+    Args:
+        busy: of each static split, see `Device`.
 
     Returns:
         float64 [seconds, len(_GRID)].
     """
-    model = episode.model
-    profile = model.profile
-    prices = {one.name: getattr(profile, one.name) for one in fields(profile)}
-    fast = replace(
-        profile, **{name: ms / _HASTE for name, ms in prices.items() if name.endswith("_ms")}
-    )
-    still = replace(model, profile=fast, controller=ControllerConfig())
-    seconds = int(episode.trace.seconds) + 1
-    found = np.empty((seconds, len(SHARES)))
-    for place, share in enumerate(SHARES):
-        steps = simulate(episode.trace, still, share).steps
-        second = np.minimum(steps["began_s"].astype(np.int64), seconds - 1)
-        found[:, place] = np.bincount(second, steps["ended_s"] - steps["began_s"], seconds)
-    busy = _around(found * _HASTE)
-    slowdowns = slowdown(np.stack([np.interp(_GRID, SHARES, one) for one in busy]))
+    around = _around(busy)
+    slowdowns = slowdown(np.stack([np.interp(_GRID, SHARES, one) for one in around]))
     costs: FloatArray = slowdowns + slowdowns.mean(axis=0)
     return costs
+
+
+def best_course(costs: FloatArray, slew_per_s: float) -> FloatArray:
+    """Where to be after each second, from wherever one is at its beginning.
+
+    Args:
+        costs: of each split in each second, float64 [seconds, len(_GRID)].
+        slew_per_s: share of the pool that may change hands in a second.
+
+    Returns:
+        float64 [seconds, len(_GRID)], splits.
+    """
+    away = np.abs(_GRID[:, None] - _GRID)
+    moves = np.where(away <= slew_per_s + 1e-9, _MOVE_COST * away, np.inf)
+    to_come = np.zeros(len(_GRID))
+    course = np.empty_like(costs)
+    for second in range(len(costs) - 1, -1, -1):
+        all_costs = moves + (costs[second] + to_come)
+        best = all_costs.argmin(axis=1)
+        course[second] = _GRID[best]
+        to_come = all_costs[np.arange(len(_GRID)), best]
+    return course
 
 
 def slowdown(busy: FloatArray) -> FloatArray:
@@ -121,12 +138,12 @@ class _Demonstrator:
 
     def __init__(
         self,
-        costs: FloatArray,
+        course: FloatArray,
         config: ControllerConfig,
         rng: np.random.Generator,
         pupil: BasePolicy | None,
     ) -> None:
-        self._costs = costs
+        self._course = course
         self._period_s = config.period_s
         self._step = config.slew_per_s * config.period_s
         self._rng = rng
@@ -150,33 +167,38 @@ class _Demonstrator:
         return wanted if self._pupil is None else self._pupil.rate(observation)
 
     def _wanted_rate(self, observation: Observation) -> float:
-        """Share of the slew limit that leads to the nearest good split in one period, -1..1."""
-        costs = self._costs[min(int(observation.now), len(self._costs) - 1)]
+        """Share of the slew limit that leads to where the best course goes next, -1..1."""
+        course = self._course[min(int(observation.now), len(self._course) - 1)]
         # As far as it will have moved by then, so that a move under way is not asked for again.
         split = observation.emb_fraction + observation.target_lag
-        good = _GRID[costs <= costs.min() * (1.0 + _TOLERANCE)]
-        away = good - split
-        return float(np.clip(away[np.abs(away).argmin()] / self._step, -1.0, 1.0))
+        return float(np.clip((np.interp(split, _GRID, course) - split) / self._step, -1.0, 1.0))
 
 
 def demonstrate(
     episode: Episode, rng: np.random.Generator, pupil: BasePolicy | None = None
 ) -> Examples:
-    """Examples of one episode, which is run twice, each time from another split.
+    """Examples of one episode, on several devices, on each from two splits.
 
     Args:
         episode: to run.
-        rng: of where it strays.
+        rng: of devices, splits, and where it strays.
         pupil: who drives in the teacher's place; what the teacher would have done is noted all the
             same, so that the pupil learns what to do where its own mistakes lead (DAgger, Ross et
             al. 2011, arXiv 1011.0686).
     """
-    costs = costs_over_time(episode)
+    work = static_work(episode)
+    found = [_drive(another_device(episode, work, rng), rng, pupil) for _ in range(_DEVICES)]
+    return reduce(Examples.joined, found)
+
+
+def _drive(device: Device, rng: np.random.Generator, pupil: BasePolicy | None) -> Examples:
+    episode = device.episode
     config = episode.model.controller
+    course = best_course(costs_over_time(device.busy), config.slew_per_s)
     vectors: list[Float32Array] = []
     rates: list[float] = []
     for start in (episode.emb_fraction, float(rng.uniform(0.1, 0.9))):
-        policy = _Demonstrator(costs, config, rng, pupil)
+        policy = _Demonstrator(course, config, rng, pupil)
         simulate(episode.trace, episode.model, start, controller=AdaptiveController(policy, config))
         vectors += policy.vectors
         rates += policy.rates

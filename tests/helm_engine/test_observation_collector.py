@@ -22,6 +22,7 @@ from helm_engine.controller.decayed_window import (
 from helm_engine.controller.observation_collector import ObservationCollector, WindowConfig
 from helm_engine.exceptions import DeadlineExceededError, RequestAbortedError
 from helm_engine.request import Request, RequestStatus
+from model_executor.step import StepTimings
 from tests.helm_engine.test_scheduler import Simulation, make_request
 
 SLO_MS = 20.0
@@ -34,7 +35,7 @@ class Reference:
 
     ended: list[tuple[float, Request]] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
-    totals: list[tuple[float, int, int, int, int]] = field(default_factory=list)
+    totals: list[tuple[float, ...]] = field(default_factory=list)
 
     def weights(self, now: float) -> np.ndarray:
         return np.array([exp((at - now) / WINDOWS.mean_s) for at, _ in self.ended])
@@ -101,7 +102,10 @@ def play(seed: int, seconds: float) -> tuple[ObservationCollector, Reference, fl
         stats.prefix_hits += added[1]
         stats.row_queries += added[2] + added[3]
         stats.row_hits += added[3]
-        reference.totals.append((now, added[0] + added[1], added[1], added[2] + added[3], added[3]))
+        spent = [float(one) for one in rng.exponential(5.0, 3)]
+        stats.add_times(StepTimings(*spent))
+        sums = added[0] + added[1], added[1], added[2] + added[3], added[3]
+        reference.totals.append((now, *sums, *spent))
         collector.observe(now)  # Takes over the totals.
     return collector, reference, now
 
@@ -128,11 +132,13 @@ def test_every_figure_is_that_of_the_slow_reference(seed: int, seconds: float) -
     assert 1 / bin_width <= seen.p99_ms / reference.p99(now) <= bin_width
     totals = np.array(reference.totals)
     faded = np.exp((totals[:, :1] - now) / WINDOWS.mean_s) * totals[:, 1:]
-    context, reused, looked_up, found = faded.sum(axis=0)
+    context, reused, looked_up, found, *spent = faded.sum(axis=0)
     assert seen.kv_hit_rate == pytest.approx(reused / context)
     assert seen.emb_hit_rate == pytest.approx(found / looked_up)
-    per_second = (looked_up - found) / (WINDOWS.mean_s * (1 - exp(-now / WINDOWS.mean_s)))
-    assert seen.foreground_bytes_per_s == pytest.approx(per_second * 256)
+    passed = WINDOWS.mean_s * (1 - exp(-now / WINDOWS.mean_s))
+    assert seen.foreground_bytes_per_s == pytest.approx((looked_up - found) / passed * 256)
+    busy = [seen.load_busy, seen.prefill_busy, seen.score_busy]
+    assert busy == pytest.approx([one / passed / 1e3 for one in spent])
     rates = [reference.rate(now, one) for one in (WINDOWS.arrivals_s, WINDOWS.long_arrivals_s)]
     assert seen.arrival_rate == pytest.approx(rates[0])
     assert seen.arrival_jump == pytest.approx(rates[0] / rates[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,8 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 
@@ -17,7 +20,14 @@ from helm_engine.controller.observation import FEATURES
 from helm_engine.simulator.environment import Episode
 from helm_engine.simulator.imitation import imitate
 from helm_engine.simulator.simulation import EngineModel
-from helm_engine.simulator.teacher import Examples, costs_over_time, demonstrate, slowdown
+from helm_engine.simulator.static_work import another_device, static_work
+from helm_engine.simulator.teacher import (
+    Examples,
+    best_course,
+    costs_over_time,
+    demonstrate,
+    slowdown,
+)
 from helm_engine.simulator.trace import make_trace
 from tests.simulator.small import PROFILE, regime, workload
 
@@ -41,11 +51,50 @@ def test_the_slowdown_is_that_of_a_queue_and_goes_on_straight_where_there_is_too
 
 
 def test_costs_are_the_slowdown_of_then_and_the_mean_of_all() -> None:
-    costs = costs_over_time(episode())
+    costs = costs_over_time(static_work(episode()).on(1.0))
     # The mean over time of x + mean(x) is twice the mean, and no slowdown is below 1.
     mean = costs.mean(axis=0) / 2.0
     assert (costs - mean >= 1.0 - 1e-9).all()
     assert (mean >= 1.0).all()
+
+
+def test_the_best_course_costs_the_least_of_all_courses() -> None:
+    rng = np.random.default_rng(5)
+    splits = np.linspace(0.1, 0.9, 41)
+    costs = np.full((4, 41), 1e9)
+    places = [3, 4, 5, 20]
+    costs[:, places] = rng.uniform(0.0, 9.0, (4, len(places)))
+    slew = 0.31  # From 5 to 20 are fifteen steps of 0.02.
+
+    def cost(course: tuple[int, ...], begin: int) -> float:
+        before, total = begin, 0.0
+        for second, place in enumerate(course):
+            away = abs(splits[place] - splits[before])
+            total += costs[second, place] + (30.0 * away if away <= slew else np.inf)
+            before = place
+        return total
+
+    course = best_course(costs, slew)
+    for begin in places:
+        found: list[int] = []
+        for second in range(4):
+            at = found[-1] if found else begin
+            found.append(int(np.abs(splits - course[second, at]).argmin()))
+        least = min(cost(one, begin) for one in itertools.product(places, repeat=4))
+        assert cost(tuple(found), begin) == pytest.approx(least)
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=5, deadline=None)
+def test_another_device_is_about_as_busy_with_the_same_requests(seed: int) -> None:
+    made = episode()
+    work = static_work(made)
+    device = another_device(made, work, np.random.default_rng(seed))
+    busy, before = (one.mean(axis=0).min() for one in (device.busy, work.on(1.0)))
+    assert 0.8 - 1e-9 <= busy / before <= 1.25 + 1e-9
+    assert device.episode.model.controller.slo_ms == device.episode.model.setting.slo_ms
+    # What is worked out is what is found where that device is simulated.
+    assert static_work(device.episode).on(1.0) == pytest.approx(device.busy, rel=0.05, abs=0.02)
 
 
 @pytest.mark.parametrize(
