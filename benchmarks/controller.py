@@ -11,6 +11,11 @@ A part of it alone, merged into what the file has already:
 
     python benchmarks/controller.py --json benchmarks/results/controller.json --seeds 1,2,3 \
         --settings dlrmv3 --part headline,baselines
+
+After another policy, its runs alone (yardsticks and other controllers do not depend on it):
+
+    python benchmarks/controller.py --json benchmarks/results/controller.json --seeds 1,2,3 \
+        --part headline,baselines --controllers helm
 """
 
 from __future__ import annotations
@@ -54,6 +59,7 @@ def tasks(
     workloads: tuple[str, ...],
     seeds: list[int],
     quick: bool,
+    controllers: tuple[str, ...] = (),
 ) -> list[Task]:
     """What there is to do, the longest first."""
     found = []
@@ -66,7 +72,8 @@ def tasks(
                 if part in ("headline", "baselines") or (part == "ablations" and taken_apart)
             )
             if mine:
-                found.append(Task(setting, workload, seed, mine, quick, seed == seeds[0]))
+                first = seed == seeds[0]
+                found.append(Task(setting, workload, seed, mine, quick, first, controllers))
         if "held_out" in parts:
             names = QUICK_HELD_OUT if quick else tuple(HELD_OUT)
             found += [Task("held_out", name, seed, ("held_out",), quick, False) for name in names]
@@ -146,6 +153,7 @@ def main() -> None:
     parser.add_argument("--part", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--settings", help=f"of {', '.join(SETTINGS)}; default: all")
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--controllers", help="only these in headline and baselines; default: all")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--plots", type=Path, help="directory where the pictures go")
     arguments = parser.parse_args()
@@ -155,14 +163,21 @@ def main() -> None:
     if arguments.settings:
         settings = tuple(arguments.settings.split(","))
     workloads = tuple(arguments.workloads.split(","))
-    for names, allowed in ((parts, PARTS), (settings, SETTINGS), (workloads, WORKLOADS)):
+    controllers = tuple(arguments.controllers.split(",")) if arguments.controllers else ()
+    for names, allowed in (
+        (parts, PARTS),
+        (settings, SETTINGS),
+        (workloads, WORKLOADS),
+        (controllers, registered()),
+    ):
         if unknown := set(names) - set(allowed):
             parser.error(f"{', '.join(unknown)}: none of {', '.join(allowed)}")
     figures = read_earlier(arguments.json)
     figures["commands"] = [*figures["commands"], _command()]
     if "decision" in parts:  # Before the others make the machine busy.
         figures |= decision_figures(seeds[0], quick)
-    for _, found in all_found(tasks(parts, settings, workloads, seeds, quick), arguments.processes):
+    todo = tasks(parts, settings, workloads, seeds, quick, controllers)
+    for _, found in all_found(todo, arguments.processes):
         add_found(figures, found)
         summaries(figures)
         _write(arguments.json, figures, seeds)

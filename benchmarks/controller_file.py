@@ -32,7 +32,13 @@ def read_earlier(path: Path) -> dict[str, Any]:
 def add_found(figures: dict[str, Any], found: Found) -> None:
     """Adds what a task found; records of the same run are replaced."""
     for section, records in found.sections.items():
-        kept = {_identity(one): one for one in [*figures.get(section, []), *records]}
+        kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for one in [*figures.get(section, []), *records]:
+            before = kept.get(_identity(one), {})
+            if "emb_fraction" in one:  # Lines of a trace that were not drawn anew stay.
+                lines = before.get("emb_fraction", {}) | one["emb_fraction"]
+                one = {**one, "emb_fraction": lines}
+            kept[_identity(one)] = one
         figures[section] = sorted(kept.values(), key=lambda one: str(_identity(one)))
     speeds = figures.setdefault("simulated_requests_per_s_of_runs", {})
     for scale, measured in found.requests_per_s.items():

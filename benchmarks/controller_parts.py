@@ -53,6 +53,8 @@ class Task:
     quick: bool
     traces: bool
     """Whether the split over time is told."""
+    controllers: tuple[str, ...] = ()
+    """Only these are run, and no yardstick: the file has the others already. Empty: all are."""
 
     @property
     def effort(self) -> Effort:
@@ -134,6 +136,11 @@ def run_task(task: Task) -> Found:
     return found
 
 
+def _chosen(task: Task, *names: str) -> list[str]:
+    """Those of the names (all registered ones if none is given) that the task asks for."""
+    return [name for name in registered(*names) if name in (task.controllers or (name,))]
+
+
 def registered(*names: str) -> list[str]:
     """Those of the names that the registry knows; all of them if none is given.
 
@@ -146,15 +153,25 @@ def registered(*names: str) -> list[str]:
 
 def _headline(measured: Measured) -> None:
     """Controllers and yardsticks at the scale of the result."""
-    case, effort, task = measured.case, measured.task.effort, measured.task
-    scale = effort.scale
+    task = measured.task
+    scale = task.effort.scale
+    results = {} if task.controllers else _yardsticks(measured)
+    for name in _chosen(task, *HEADLINE):
+        results[name] = measured.controller("cells", name, scale)
+    if task.traces:
+        measured.found.sections["traces"].append(_traces(measured, results))
+
+
+def _yardsticks(measured: Measured) -> dict[str, Result]:
+    """What would have been best, at the scale of the result."""
+    case, task, effort = measured.case, measured.task, measured.task.effort
     schedules = {
         "best_static": best_static(case, effort),
         "best_schedule": best_schedule(case, effort),
     }
-    results = {name: case.run(schedule, scale) for name, schedule in schedules.items()}
+    results = {name: case.run(schedule, effort.scale) for name, schedule in schedules.items()}
     for name, result in results.items():
-        measured.add("cells", name, scale, result)
+        measured.add("cells", name, effort.scale, result)
     measured.found.sections["schedules"].append(
         {
             "workload": task.workload,
@@ -164,10 +181,7 @@ def _headline(measured: Measured) -> None:
             "best_schedule": [list(knot) for knot in schedules["best_schedule"].knots],
         }
     )
-    for name in registered(*HEADLINE):
-        results[name] = measured.controller("cells", name, scale)
-    if task.traces:
-        measured.found.sections["traces"].append(_traces(measured, results))
+    return results
 
 
 def _traces(measured: Measured, results: dict[str, Result]) -> dict[str, Any]:
@@ -196,11 +210,11 @@ def _cheap_static(measured: Measured) -> Schedule:
 def _baselines(measured: Measured) -> None:
     """Every controller at the scale of the search, and the best static share of its grid."""
     scale = measured.task.effort.search_scale
-    static = measured.case.run(_cheap_static(measured), scale)
     known = {one["controller"] for one in measured.found.sections["cells"] if one["k"] == scale}
-    if "best_static" not in known:
+    if "best_static" not in known and not measured.task.controllers:
+        static = measured.case.run(_cheap_static(measured), scale)
         measured.add("cells", "best_static", scale, static)
-    for name in registered():
+    for name in _chosen(measured.task):
         if name not in known:
             measured.controller("cells", name, scale)
 

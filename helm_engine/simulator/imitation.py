@@ -23,6 +23,9 @@ _LEARNING_RATE = 1e-3
 _GAIN = 4.0
 """Times the mean that was learned: what is uncertain averages out to little, and a little in the
 right direction at each query is as far as the teacher would go by the next but one."""
+_MOVE_COST = 0.5
+"""Of an action of 1, in what it would win if it were right by that much. A teacher's move that is
+not certain to come would be begun and taken back otherwise, pages going both ways."""
 _SHARPNESS = 16.0
 """Of the actor's choice, which PPO explores with: neighbours of the best action, hardly others."""
 
@@ -37,8 +40,8 @@ def imitate(
     """Trains the actor to go where the teacher would; the critic is left as it is.
 
     One output, the rate that leads there, is learned by least squares. The actor's scores are made
-    of it so that the action nearest to `_GAIN` times that rate has the highest: for an action a and
-    a rate y, a y - a^2 / 2 is (y^2 - (a - y)^2) / 2.
+    of it so that the action nearest to `_GAIN` times that rate, less `_MOVE_COST` in the direction
+    of 0, has the highest: for an action a and a rate y, a y - a^2 / 2 is (y^2 - (a - y)^2) / 2.
 
     Args:
         policy: of stable-baselines3, with layers of tanh.
@@ -82,4 +85,5 @@ def _score_by_distance(action_net: torch.nn.Linear, head: torch.nn.Linear) -> No
     """Makes the scores those of the actions' distances from what the head says."""
     actions = torch.tensor(ACTIONS)
     action_net.weight.copy_(_SHARPNESS * _GAIN * actions[:, None] * head.weight)
-    action_net.bias.copy_(_SHARPNESS * (_GAIN * actions * head.bias - actions.square() / 2.0))
+    costs = actions.square() / 2.0 + _MOVE_COST * actions.abs()
+    action_net.bias.copy_(_SHARPNESS * (_GAIN * actions * head.bias - costs))

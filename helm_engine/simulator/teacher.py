@@ -1,8 +1,8 @@
 """What a policy should have done, seen in hindsight: examples to begin its training with.
 
-How busy static splits would keep the device is known (`static_work.py`). Requests wait the longer the
-busier it is, so what a split costs is told by the slowdown of a queue and not by milliseconds: a
-dear split is bearable where there is room, and the last tenth of a device is what P99 is made of.
+How busy static splits would keep the device is known (`static_work.py`). Requests wait the longer
+the busier it is, so what a split costs is told by the slowdown of a queue and not by milliseconds:
+a dear split is bearable where there is room, and the last tenth of a device is what P99 is made of.
 
 What is sought is the course of the boundary with the least sum of three costs: the slowdown of each
 second, the mean slowdown that its split has over the whole trace, and a price for each move. The

@@ -57,7 +57,7 @@ class TrainingConfig:
     """Queries of each process between two updates."""
     teacher_episodes: int = 120
     """Whose examples training begins with; 0 = it begins with a policy that knows nothing."""
-    imitation_epochs: int = 20
+    imitation_epochs: int = 40
     critic_updates: int = 6
     """Updates that only the critic learns from, before the actor may leave its teacher."""
     learning_rate: float = 1e-4
