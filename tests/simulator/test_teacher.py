@@ -120,8 +120,8 @@ def test_the_teacher_gives_the_pages_to_the_tenant_whose_misses_cost_anything(
 def test_a_pupil_moves_four_times_what_it_expects_less_what_moving_costs() -> None:
     rng = np.random.default_rng(1)
     vectors = rng.uniform(-1.0, 1.0, (12_000, len(FEATURES))).astype(np.float32)
-    # The same observation is followed by different rates, whose mean is a sixth of the first.
-    rates = (rng.random(12_000) < np.abs(vectors[:, 0]) / 3.0) * np.sign(vectors[:, 0]) / 2.0
+    # The same observation is followed by different rates, whose mean is a third of the first.
+    rates = (rng.random(12_000) < np.abs(vectors[:, 0]) / 3.0) * np.sign(vectors[:, 0])
     policy = untrained()
     torch.manual_seed(0)
     explained = imitate(policy, Examples(vectors, rates.astype(np.float32)), 30, 1, lambda _: None)
@@ -129,7 +129,7 @@ def test_a_pupil_moves_four_times_what_it_expects_less_what_moving_costs() -> No
     with torch.no_grad():
         scores = policy.action_net(policy.mlp_extractor.policy_net(torch.from_numpy(vectors)))
     chosen = np.array(ACTIONS)[scores.argmax(dim=1).numpy()]
-    wanted = 4.0 * vectors[:, 0] / 6.0
+    wanted = 4.0 * vectors[:, 0] / 3.0
     expected = np.sign(wanted) * np.clip(np.abs(wanted) - 0.5, 0.0, 1.0)
     assert np.abs(chosen - expected).mean() < 0.2
     assert np.corrcoef(chosen, expected)[0, 1] > 0.9
