@@ -53,10 +53,11 @@ def _compile_page_values(slot_of_row: npt.NDArray[np.int32]) -> None:
 
 def _compile_observation() -> None:
     """What a controller sees of an arrival, an ended request and a query, and the network."""
-    sums = observation_sums(1.0, 1, 1, (0, 0, 0, 0), (1.0, 1.0, 1.0), 0.0)
+    totals = 7 * (0.0,)
+    sums = observation_sums(1.0, 1, 1, totals, (1.0, 1.0, 1.0), 0.0)
     add_arrival(sums, 0.0)
     add_ended(sums, 0.0, 0.0, 0.0, 1, False, False)
-    seen = Observation(*observe(sums, 0.0, 0, 0, 0, 0, *(9 * (0.0,))))
+    seen = Observation(*observe(sums, 0.0, totals, *(9 * (0.0,))))
     seen.vector()
     best_action(astuple(seen), np.zeros(1 << 10, dtype=np.float32), 1, 1)
 
