@@ -22,7 +22,6 @@ from model_executor.page_arena import PageArena
 from model_executor.paged_batch import PagedBatch, build_paged_batch, to_device
 from model_executor.row_loader import RowLoader
 from model_executor.step import (
-    NO_ROW,
     CandidateScoring,
     Float32Array,
     Int64Array,
@@ -184,18 +183,20 @@ class ModelRunner:
 
     def _load_rows(self, plan: RowPlan) -> Int64Array:
         """Copies the missing rows to the device; returns the address of every row of the plan."""
+        addresses = self.arena.addresses(plan.slots, plan.staging)
         admitted, staged = plan.admitted, plan.staged
         if len(admitted) or len(staged):
             # One read, and one round trip, for both.
-            rows = self._fetch(plan.row_ids[np.concatenate([admitted, staged])])
-            slots, places = plan.slots[admitted], plan.staging[staged]
-            self.arena.rows.write(to_device(slots, self._device), rows[: len(slots)])
-            self.arena.write_staging(to_device(places, self._device), rows[len(slots) :])
-        return self.arena.addresses(plan.slots, plan.staging)
+            missing = np.concatenate([admitted, staged])
+            rows = self._fetch(plan.row_ids[missing])
+            self.arena.access.land(
+                addresses[missing], plan.slots[admitted], plan.staging[staged], rows
+            )
+        return addresses
 
     def _fetch(self, row_ids: Int64Array) -> Tensor:
-        """Rows of the host tier on the device, float [n, row_dim]."""
-        return torch.from_numpy(self.loader.load(row_ids)).to(self._device, self._dtype)
+        """Rows of the host tier on the device, float32 [n, row_dim]."""
+        return to_device(self.loader.load(row_ids), self._device)
 
     def _batch(self, requests: tuple[ScheduledRequest, ...]) -> PagedBatch:
         in_sequence = isinstance(self.model, RankingModel)
@@ -206,16 +207,7 @@ class ModelRunner:
         index = [request.row_index for request in requests]
         if isinstance(self.model, RankingModel):
             index += [task.row_index for _, task in _scorings(requests)]
-        row_index = np.concatenate(index)
-        has_row = row_index != NO_ROW
-        if has_row.all():
-            return self.arena.read_rows(to_device(addresses[row_index], self._device))
-        rows = torch.zeros(
-            len(row_index), self.model.config.row_dim, dtype=self._dtype, device=self._device
-        )
-        places = to_device(addresses[row_index[has_row]], self._device)
-        rows[to_device(has_row, self._device)] = self.arena.read_rows(places)
-        return rows
+        return self.arena.access.gather(addresses, np.concatenate(index))
 
     def _inner_products(
         self,
@@ -229,8 +221,7 @@ class ModelRunner:
         if not found:
             return torch.empty(0, 1)
         rows = np.concatenate([task.row_index for _, task in found])
-        places = to_device(addresses[rows], self._device)
-        items = model.normalise_item(self.arena.read_rows(places))
+        items = model.normalise_item(self.arena.access.gather(addresses, rows))
         owners = np.repeat(
             [place for place, _ in found], [len(task.row_index) for _, task in found]
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from block_manager.pool_layout import PoolLayout
 from model_executor.model_config import ModelConfig
+from model_executor.row_access import RowAccess, TorchRowAccess, TritonRowAccess
 from model_executor.row_pages import RowPages
 from model_executor.step import Int64Array
 
@@ -91,7 +92,13 @@ class PageArena:
         self.rows = RowPages(
             self._storage, layout.num_pages, layout.page_bytes, self._row_elements, dtype
         )
-        """Rows in pages; `addresses` and `read_rows` reach those of staging too."""
+        """Rows in pages; `addresses` and `access` reach those of staging too."""
+        self.access: RowAccess = (
+            TritonRowAccess(self._rows, self._address_stride)
+            if device.type == "cuda"
+            else TorchRowAccess(self._rows, self._staging, self.rows)
+        )
+        """How a step's rows are read and written."""
 
     def _view_kv(self, config: ModelConfig) -> PagedKV:
         tokens = self.layout.block_tokens
@@ -128,14 +135,6 @@ class PageArena:
             self.layout.num_pages,
         )
         return found
-
-    def read_rows(self, addresses: Tensor) -> Tensor:
-        """Copies the rows at these addresses: float [n, D]."""
-        return self._rows.index_select(0, addresses)
-
-    def write_staging(self, indices: Tensor, rows: Tensor) -> None:
-        """Writes rows [n, D] to distinct places of staging (int64 [n])."""
-        self._staging.index_copy_(0, indices, rows)
 
     def poison(self) -> None:
         """Fills everything with NaN: a read of memory that was never written shows as NaN."""
