@@ -13,6 +13,7 @@ class DeviceMemory:
     """Dense weights and, where there is a retrieval head, its item matrix."""
     pages: int
     staging: int
+    """Rows of a step that were not admitted, and rows on their way from the host."""
 
     @property
     def total(self) -> int:

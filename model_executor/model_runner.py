@@ -14,6 +14,7 @@ from block_manager.pool_layout import PoolLayout
 from block_manager.row_plan import RowPlan
 from model_executor.attention.backend import AttentionBackend
 from model_executor.background_refill import BackgroundRefill
+from model_executor.device_link import device_link
 from model_executor.device_memory import DeviceMemory
 from model_executor.host_store import HOST_NUMBER_BYTES, HostStore
 from model_executor.models.heads import RetrievalHead
@@ -88,7 +89,11 @@ class ModelRunner:
             if max_retrieval_matrix_bytes and isinstance(model, RetrievalModel)
             else None
         )
-        self.loader = RowLoader(table, HOST_NUMBER_BYTES * model.config.row_dim)
+        self.loader = RowLoader(
+            table,
+            HOST_NUMBER_BYTES * model.config.row_dim,
+            device_link(device, model.config.row_dim),
+        )
         self._refill = BackgroundRefill(self.loader, self.arena.rows, device, self._dtype)
         self._layout = layout
         self._attention = attention
@@ -110,7 +115,11 @@ class ModelRunner:
         if self.retrieval_head is not None:
             weights += self.retrieval_head.matrix.nbytes
         staging = self._layout.staging_bytes
-        return DeviceMemory(weights, pages=self.arena.nbytes - staging, staging=staging)
+        return DeviceMemory(
+            weights,
+            pages=self.arena.nbytes - staging,
+            staging=staging + self.loader.device_bytes,
+        )
 
     def execute(self, step: SchedulerOutput) -> ModelOutput:
         """Carries out one step; see `Executor.execute`.
@@ -188,15 +197,20 @@ class ModelRunner:
         if len(admitted) or len(staged):
             # One read, and one round trip, for both.
             missing = np.concatenate([admitted, staged])
-            rows = self._fetch(plan.row_ids[missing])
-            self.arena.access.land(
-                addresses[missing], plan.slots[admitted], plan.staging[staged], rows
-            )
-        return addresses
+            slots, places = plan.slots[admitted], plan.staging[staged]
 
-    def _fetch(self, row_ids: Int64Array) -> Tensor:
-        """Rows of the host tier on the device, float32 [n, row_dim]."""
-        return to_device(self.loader.load(row_ids), self._device)
+            def land(first: int, rows: Tensor) -> None:
+                """A chunk of them; those with a slot come before those in staging."""
+                end = first + len(rows)
+                self.arena.access.land(
+                    addresses[missing[first:end]],
+                    slots[first:end],
+                    places[max(0, first - len(slots)) : max(0, end - len(slots))],
+                    rows,
+                )
+
+            self.loader.load(plan.row_ids[missing], land)
+        return addresses
 
     def _batch(self, requests: tuple[ScheduledRequest, ...]) -> PagedBatch:
         in_sequence = isinstance(self.model, RankingModel)
