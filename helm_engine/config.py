@@ -65,7 +65,8 @@ class ExecutorConfig:
     """Of weights, rows, K and V on the device: `float32`, or `bfloat16`, which is faster where the
     processor knows it and rounds scores (docs/benchmarks.md has the error)."""
     attention_backend: str = "auto"
-    """`auto`: the fastest for the device; `cpu`: compiled kernels; `torch`: the reference."""
+    """`auto`: the fastest for the device; `cpu`: compiled kernels; `torch`: the reference;
+    `xformers`: its paged kernel, for softmax models on CUDA."""
     max_retrieval_matrix_bytes: int = 1 << 30
     """Limit of the item matrix that retrieval needs beside the pool; 0 = candidates only."""
     num_threads: int | None = None

@@ -20,6 +20,7 @@ from helm_engine.residency_publisher import ResidencyPublisher
 from helm_engine.sample_request import sample_request
 from helm_engine.scheduler import Scheduler, build_scheduler
 from helm_engine.served_model import ServedModel
+from model_executor.attention.backend import AttentionBackend, AttentionShape
 from model_executor.attention.registry import attention_backend
 from model_executor.capabilities import StepRules, capabilities_of, step_rules
 from model_executor.checkpoint import (
@@ -35,6 +36,7 @@ from model_executor.host_store import HOST_NUMBER_BYTES, HostStore, MemoryMapped
 from model_executor.memory_ledger import activation_bound
 from model_executor.model_config import ModelConfig
 from model_executor.model_runner import ModelRunner
+from model_executor.models.sequence_model import SequenceModel
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         model,
         table,
         layout,
-        attention_backend(config.executor.attention_backend, device),
+        _attention(config, model, layout, dtype, device),
         device,
         config.executor.max_retrieval_matrix_bytes,
     )
@@ -138,6 +140,27 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     residency = _tell_residency(config, scheduler)
     core = EngineCore(scheduler, runner, clock, control, residency)
     return LoadedEngine(served, runner, processor, core, residency)
+
+
+def _attention(
+    config: EngineConfig,
+    model: SequenceModel,
+    layout: PoolLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AttentionBackend:
+    """The backend that the configuration names, if it can serve the model."""
+    shape = AttentionShape(
+        rule=model.rule,
+        num_heads=model.config.num_heads,
+        dqk=model.config.dqk,
+        dv=model.config.dv,
+        dtype=dtype,
+        candidates_in_sequence=model.config.candidates_in_sequence,
+        block_tokens=layout.block_tokens,
+        page_bytes=layout.page_bytes,
+    )
+    return attention_backend(config.executor.attention_backend, device, shape)
 
 
 def _tell_residency(config: EngineConfig, scheduler: Scheduler) -> ResidencyPublisher | None:

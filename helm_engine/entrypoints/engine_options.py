@@ -77,7 +77,7 @@ class EngineOptions:
         typer.Option(
             metavar="NAME",
             rich_help_panel="Model and execution",
-            help="How attention is computed: auto, cpu or torch.",
+            help="How attention is computed: auto, cpu, torch or xformers.",
         ),
     ] = _EXECUTOR.attention_backend
     max_retrieval_matrix_bytes: Annotated[
