@@ -60,7 +60,12 @@ class ExecutorConfig:
     """Where and how steps are carried out."""
 
     device: str = "cpu"
-    """A torch device: `cpu`, `cuda` or `cuda:1`."""
+    """`cpu`; `cuda`: a GPU for each engine of the front; `cuda:1`: this one GPU for all of them;
+    `auto`: GPUs where there are any."""
+    place: int = 0
+    """Which of the front's engines this is, from 0 on."""
+    num_engines: int = 1
+    """How many there are."""
     dtype: str = "float32"
     """Of weights, rows, K and V on the device: `float32`, or `bfloat16`, which is faster where the
     processor knows it and rounds scores (docs/benchmarks.md has the error)."""
@@ -78,6 +83,7 @@ class ExecutorConfig:
         Raises:
             ValueError: names the field and its limit.
         """
+        _require_at_least("num_engines", self.num_engines, 1)
         if self.num_threads is not None:
             _require_at_least("num_threads", self.num_threads, 1)
         if self.dtype not in DTYPES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,6 +31,7 @@ from model_executor.checkpoint import (
     tables_version,
 )
 from model_executor.cost_profile import CostProfile, load_cost_profile
+from model_executor.devices import select_device
 from model_executor.exceptions import RowsUnavailableError, TablesMismatchError
 from model_executor.host_store import HOST_NUMBER_BYTES, HostStore, MemoryMappedTables
 from model_executor.memory_ledger import activation_bound
@@ -76,7 +77,10 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
             backend, the host tier, the cost profile, the controller, an address for events.
     """
     model_config = load_config(config.model_dir)
-    device = _device(config.executor.device)
+    device = select_device(
+        config.executor.device, config.executor.place, config.executor.num_engines
+    )
+    config = replace(config, executor=replace(config.executor, device=str(device)))
     dtype = compute_dtype(config.executor.dtype)
     model = load_dense_weights(config.model_dir, model_config, device).to(dtype)
     table = table or _open_host_tier(config, model_config)
@@ -224,18 +228,6 @@ def _warm_up(
 def compute_dtype(name: str) -> torch.dtype:
     """The torch dtype of a name that `ExecutorConfig` accepts."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: {name!r} is not a torch device") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: {name!r} is not supported (supported: cpu, cuda, cuda:N)")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name!r} is not there ({torch.cuda.device_count()} GPUs found)")
-    return device
 
 
 def _log_capabilities(served: ServedModel) -> None:

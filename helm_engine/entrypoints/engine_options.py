@@ -61,7 +61,9 @@ class EngineOptions:
     device: Annotated[
         str,
         typer.Option(
-            metavar="DEVICE", rich_help_panel="Model and execution", help="cpu, cuda or cuda:N."
+            metavar="DEVICE",
+            rich_help_panel="Model and execution",
+            help="cpu; cuda, a GPU for each engine; cuda:N, one GPU for all; auto, GPUs if any.",
         ),
     ] = _EXECUTOR.device
     dtype: Annotated[
