@@ -15,6 +15,8 @@ from helm_engine.controller.registry import check_controller
 from model_executor.redis_address import RedisAddress, parse_redis_url
 
 DTYPES = ("float32", "bfloat16")
+GPU_MEMORY_UTILIZATION = 0.9
+"""Of an engine whose pool's size was not said."""
 
 
 def _require_at_least(name: str, value: int, limit: int) -> None:
@@ -76,6 +78,10 @@ class ExecutorConfig:
     """Limit of the item matrix that retrieval needs beside the pool; 0 = candidates only."""
     num_threads: int | None = None
     """Threads that torch computes with; None = its own choice."""
+    gpu_memory_utilization: float | None = None
+    """Share of a GPU's memory that the engine takes: what weights and the largest step leave of it
+    is the pool, whatever `pool_bytes` says; None = the pool has `pool_bytes`. A GPU that is named
+    by its number is shared evenly by all engines of a front. Not read on a CPU."""
 
     def __post_init__(self) -> None:
         """Checks each value.
@@ -89,6 +95,9 @@ class ExecutorConfig:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         _require_at_least("max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes, 0)
+        share = self.gpu_memory_utilization
+        if share is not None and not 0.0 < share <= 1.0:
+            raise ValueError(f"gpu_memory_utilization: must be above 0 and up to 1, not {share}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ from numba import njit
 from torch import Tensor
 
 from block_manager.pool_layout import PoolLayout
+from model_executor.exceptions import DeviceMemoryError
+from model_executor.memory_meter import free_of
 from model_executor.model_config import ModelConfig
 from model_executor.row_pages import RowPages
 from model_executor.step import Int64Array
@@ -56,7 +58,10 @@ def _allocate(num_bytes: int, dtype: torch.dtype, device: torch.device) -> Tenso
     try:
         return torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=device)
     except RuntimeError as error:  # torch's out-of-memory errors, of the CPU and of CUDA.
-        raise ValueError(f"pool_bytes: {device} has no {num_bytes} bytes left: {error}") from error
+        raise DeviceMemoryError(
+            f"pool_bytes: {device} has no room for {num_bytes} bytes{free_of(device)}; lower "
+            "pool_bytes, or on a GPU gpu_memory_utilization"
+        ) from error
 
 
 class PageArena:
