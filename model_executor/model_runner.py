@@ -83,7 +83,7 @@ class ModelRunner:
         """
         self.model = model
         self._dtype = next(model.parameters()).dtype
-        self.arena = PageArena(layout, model.config, device, self._dtype)
+        self._device = device
         self.retrieval_head = (
             RetrievalHead(model, table, device, max_retrieval_matrix_bytes)
             if max_retrieval_matrix_bytes and isinstance(model, RetrievalModel)
@@ -94,14 +94,28 @@ class ModelRunner:
             HOST_NUMBER_BYTES * model.config.row_dim,
             device_link(device, model.config.row_dim),
         )
-        self._refill = BackgroundRefill(self.loader, self.arena.rows, device, self._dtype)
-        self._layout = layout
         self._attention = attention
-        self._device = device
         self._on_cuda = device.type == "cuda"
         # Nothing here asks for gradients, so nothing is recorded: to enter torch's inference mode
         # for each step would take longer than it spares.
         model.requires_grad_(False)
+        self._take_pool(layout)
+
+    def _take_pool(self, layout: PoolLayout) -> None:
+        self._layout = layout
+        self.arena = PageArena(layout, self.model.config, self._device, self._dtype)
+        self._refill = BackgroundRefill(self.loader, self.arena.rows, self._device, self._dtype)
+
+    def replace_pool(self, layout: PoolLayout) -> None:
+        """Takes a pool in place of the one before, of which nothing is kept.
+
+        Raises:
+            ValueError: the device has no room for it.
+        """
+        del self.arena, self._refill
+        if self._on_cuda:
+            torch.cuda.empty_cache()
+        self._take_pool(layout)
 
     def close(self) -> None:
         """Ends the thread that reads refills, after what it reads; no step may follow."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from block_manager.distinct_rows import NO_ROW
 from model_executor.paged_batch import to_device
 from model_executor.row_pages import RowPages
+from model_executor.scaled_rows import ScaledRows
 from model_executor.step import Int64Array
 
 
@@ -43,9 +44,15 @@ class RowAccess(Protocol):
 class TorchRowAccess:
     """Any device; indices are put together on the host."""
 
-    def __init__(self, rows: Tensor, staging: Tensor, pages: RowPages) -> None:
-        """Takes three views of the pool: rows by address, of staging [places, D], and by slot."""
+    def __init__(
+        self, rows: Tensor, staging: Tensor, pages: RowPages, codec: ScaledRows | None = None
+    ) -> None:
+        """Takes three views of the pool: rows by address, of staging [places, D], and by slot.
+
+        With a codec, the views are of what it stores.
+        """
         self._rows = rows
+        self._codec = codec
         self._staging = staging
         self._pages = pages
 
@@ -54,9 +61,9 @@ class TorchRowAccess:
         device = self._rows.device
         has_row = row_index != NO_ROW
         if has_row.all():
-            return self._rows.index_select(0, to_device(addresses[row_index], device))
-        rows = self._rows.new_zeros(len(row_index), self._rows.shape[1])
-        found = self._rows.index_select(0, to_device(addresses[row_index[has_row]], device))
+            return self._read(to_device(addresses[row_index], device))
+        found = self._read(to_device(addresses[row_index[has_row]], device))
+        rows = found.new_zeros(len(row_index), found.shape[1])
         # Not by the mask: on a GPU the host would wait to learn how many there are.
         rows.index_copy_(0, to_device(np.flatnonzero(has_row), device), found)
         return rows
@@ -65,22 +72,31 @@ class TorchRowAccess:
         self, addresses: Int64Array, slots: Int64Array, staging: Int64Array, rows: Tensor
     ) -> None:
         """See `RowAccess.land`."""
-        rows, device = rows.to(self._rows.dtype), self._rows.device
+        device = self._rows.device
+        if self._codec is None:
+            rows = rows.to(self._rows.dtype)
         self._pages.write(to_device(slots, device), rows[: len(slots)])
-        self._staging.index_copy_(0, to_device(staging, device), rows[len(slots) :])
+        staged = rows[len(slots) :]
+        if self._codec is not None:
+            staged = self._codec.encode(staged)
+        self._staging.index_copy_(0, to_device(staging, device), staged)
+
+    def _read(self, addresses: Tensor) -> Tensor:
+        stored = self._rows.index_select(0, addresses)
+        return stored if self._codec is None else self._codec.decode(stored)
 
 
 class TritonRowAccess:
     """CUDA; and any device in Triton's interpreter, which is how it is tested."""
 
-    def __init__(self, rows: Tensor, stride: int) -> None:
-        """Takes the view of the pool by address, [places, D], and its row stride."""
+    def __init__(self, rows: Tensor) -> None:
+        """Takes the view of the pool by address, [places, D]."""
         # Only where it is wanted: it takes seconds, and only CUDA builds of torch bring it.
         from model_executor import triton_rows
 
         self._kernels = triton_rows
         self._rows = rows
-        self._stride = stride
+        self._stride = rows.stride(0)
 
     def gather(self, addresses: Int64Array, row_index: Int64Array) -> Tensor:
         """See `RowAccess.gather`."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Read when a kernel is defined.
 pytest.importorskip("triton")
 
 from block_manager.pool_layout import PoolLayout
@@ -40,7 +37,7 @@ def make_arena(width: int, page_elements: int, dtype: torch.dtype) -> PageArena:
 
 
 def kernels_of(arena: PageArena) -> TritonRowAccess:
-    return TritonRowAccess(arena._rows, arena._address_stride)
+    return TritonRowAccess(arena._rows)
 
 
 def places(arena: PageArena, rng: np.random.Generator) -> tuple[Int64Array, Int64Array, Int64Array]:
