@@ -17,10 +17,10 @@ from model_executor.background_refill import BackgroundRefill
 from model_executor.device_link import device_link
 from model_executor.device_memory import DeviceMemory
 from model_executor.host_store import HOST_NUMBER_BYTES, HostStore
-from model_executor.models.heads import RetrievalHead
+from model_executor.models.heads import RetrievalHead, Search
 from model_executor.models.sequence_model import RankingModel, RetrievalModel, SequenceModel
 from model_executor.page_arena import PageArena
-from model_executor.paged_batch import PagedBatch, build_paged_batch, to_device
+from model_executor.paged_batch import PagedBatch, begin_to_host, build_paged_batch, to_device
 from model_executor.row_loader import RowLoader
 from model_executor.step import (
     CandidateScoring,
@@ -157,16 +157,20 @@ class ModelRunner:
         x = self.model.embed(rows, batch)
         encoded = self.model.encode(x, batch, self.arena.kv, self._attention)
         timer.mark()
-        retrieved: dict[str, tuple[Int64Array, Float32Array]] = {}
+        search: Search | None = None
         if isinstance(self.model, RankingModel):
             scores = self.model.score(encoded, candidate_rows, batch)
         else:
             assert isinstance(self.model, RetrievalModel)
             users = self.model.normalise_user(encoded)
             scores = self._inner_products(self.model, step.requests, users, addresses)
-            retrieved = self._retrieve(step.requests, users)
-        parts = _by_request(step.requests, scores)
-        return self._ended(step, ModelOutput(parts, retrieved, timer.result()))
+            search = self._search(step.requests, users)
+        on_host = begin_to_host(scores)
+        # The one wait of a step; what is read from here on has come.
+        timings = timer.result()
+        parts = _by_request(step.requests, on_host)
+        retrieved = _retrieved(step.requests, search)
+        return self._ended(step, ModelOutput(parts, retrieved, timings))
 
     def _ended(self, step: SchedulerOutput, output: ModelOutput) -> ModelOutput:
         """Nothing of the step can fail any more: its refill begins, the one before is reported."""
@@ -199,7 +203,7 @@ class ModelRunner:
                 to_device(step.moves.destinations, self._device),
             )
         if step.dead_blocks:
-            self.arena.poison_pages(torch.tensor(step.dead_blocks, device=self._device))
+            self.arena.poison_pages(to_device(np.array(step.dead_blocks), self._device))
         if len(step.dead_slots):
             self.arena.rows.poison(to_device(step.dead_slots, self._device))
         self._refill.write_landed()
@@ -256,22 +260,16 @@ class ModelRunner:
         products = items * users[to_device(owners, self._device)]
         return products.float().sum(dim=-1, keepdim=True)
 
-    def _retrieve(
-        self, requests: tuple[ScheduledRequest, ...], users: Tensor
-    ) -> dict[str, tuple[Int64Array, Float32Array]]:
-        found = [
-            (place, request.request_id, request.task)
-            for place, request in enumerate(requests)
-            if isinstance(request.task, Retrieval)
-        ]
-        if not found:
-            return {}
+    def _search(self, requests: tuple[ScheduledRequest, ...], users: Tensor) -> Search | None:
+        tasks = [one.task for one in requests if isinstance(one.task, Retrieval)]
+        if not tasks:
+            return None
         if self.retrieval_head is None:
             raise RuntimeError("a retrieval was scheduled on an engine without a retrieval head")
-        places = np.array([place for place, _, _ in found])
-        askers = users[to_device(places, self._device)]
-        results = self.retrieval_head.retrieve(askers, [task for _, _, task in found])
-        return {request_id: best for (_, request_id, _), best in zip(found, results, strict=True)}
+        places = np.array(
+            [place for place, one in enumerate(requests) if isinstance(one.task, Retrieval)]
+        )
+        return self.retrieval_head.search(users[to_device(places, self._device)], tasks)
 
 
 def _scorings(
@@ -285,12 +283,22 @@ def _scorings(
     ]
 
 
-def _by_request(requests: tuple[ScheduledRequest, ...], scores: Tensor) -> dict[str, Float32Array]:
-    """Splits a step's scores [C, tasks] among its requests."""
-    on_host, parts, first = scores.cpu().numpy(), {}, 0
+def _by_request(requests: tuple[ScheduledRequest, ...], on_host: Tensor) -> dict[str, Float32Array]:
+    """Splits a step's scores [C, tasks], on the host, among its requests."""
+    scores, parts, first = on_host.numpy(), {}, 0
     for request in requests:
         if isinstance(request.task, CandidateScoring):
             end = first + request.num_candidates
-            parts[request.request_id] = on_host[first:end]
+            parts[request.request_id] = scores[first:end]
             first = end
     return parts
+
+
+def _retrieved(
+    requests: tuple[ScheduledRequest, ...], search: Search | None
+) -> dict[str, tuple[Int64Array, Float32Array]]:
+    """What a search found, by request."""
+    if search is None:
+        return {}
+    asked = [one.request_id for one in requests if isinstance(one.task, Retrieval)]
+    return dict(zip(asked, search.results(), strict=True))

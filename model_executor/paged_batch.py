@@ -98,6 +98,14 @@ def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def begin_to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host, in pinned memory, to be read when the device is done; or on a CPU itself.
+
+    The host does not wait here: one wait at the end of a step is enough for all of its copies.
+    """
+    return tensor.to("cpu", non_blocking=True)
+
+
 def build_paged_batch(
     requests: Sequence[ScheduledRequest],
     block_tokens: int,
