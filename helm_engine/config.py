@@ -82,6 +82,8 @@ class ExecutorConfig:
     """Share of a GPU's memory that the engine takes: what weights and the largest step leave of it
     is the pool, whatever `pool_bytes` says; None = the pool has `pool_bytes`. A GPU that is named
     by its number is shared evenly by all engines of a front. Not read on a CPU."""
+    enforce_eager: bool = False
+    """Capture no CUDA graphs of steps whose shapes repeat. Not read on a CPU."""
 
     def __post_init__(self) -> None:
         """Checks each value.

@@ -41,6 +41,7 @@ from model_executor.memory_meter import CudaMemoryMeter, memory_errors_told
 from model_executor.model_config import ModelConfig
 from model_executor.model_runner import ModelRunner
 from model_executor.models.sequence_model import SequenceModel
+from model_executor.step_graphs import CudaGraphCapture
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,12 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     runner = _build_runner(config, model_config, layout, dtype, device, table)
     served = _served_model(config, model_config, runner, layout, dtype)
     if budget is not None:
+        # What graphs take is known only when they are there; they go with the pool.
+        _capture_graphs(config, runner, device)
         plan = partial(plan_layout, **sizes)
         served = size_pool(served, runner, rules, budget, CudaMemoryMeter(device), plan)
+    _capture_graphs(config, runner, device)
+    served = replace(served, memory=runner.memory)
     _log_memory(served)
     _log_capabilities(served)
     processor = served.input_processor(new_user_key())
@@ -123,6 +128,13 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     residency = _tell_residency(config, scheduler)
     core = EngineCore(scheduler, runner, clock, control, residency)
     return LoadedEngine(served, runner, processor, core, residency)
+
+
+def _capture_graphs(config: EngineConfig, runner: ModelRunner, device: torch.device) -> None:
+    if device.type != "cuda" or config.executor.enforce_eager:
+        return
+    with memory_errors_told(device, "CUDA graphs", "use enforce_eager"):
+        runner.capture_graphs(CudaGraphCapture(device), config.scheduler.max_num_batched_tokens)
 
 
 def _build_runner(
@@ -279,7 +291,7 @@ def _log_memory(served: ServedModel) -> None:
     layout = served.layout
     logger.info(
         "device memory: %d bytes of weights, %d pages of %d bytes (KV %d, EMB %d), "
-        "%d bytes of staging; a step adds at most %d bytes of activations%s; "
+        "%d bytes of staging, %d of graphs; a step adds at most %d bytes of activations%s; "
         "a row page holds %d rows and leaves %d bytes unused",
         served.memory.weights,
         layout.num_pages,
@@ -287,6 +299,7 @@ def _log_memory(served: ServedModel) -> None:
         layout.num_kv_pages,
         layout.num_emb_pages,
         served.memory.staging,
+        served.memory.graphs,
         served.activation_bound,
         "" if served.workspace is None else f" ({served.workspace} were measured)",
         layout.rows_per_page,

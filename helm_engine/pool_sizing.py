@@ -71,7 +71,9 @@ def size_pool(
         "lower max_num_batched_tokens or max_num_seqs",
     ):
         workspace = measure_workspace(runner, steps, meter)
-    weights, smallest = served.memory.weights, served.layout.total_bytes
+    # Rings of buffers and graphs stay like weights; they do not grow with the pool.
+    held, smallest = runner.memory, served.layout.total_bytes
+    weights = held.total - smallest
     pool_bytes = budget.pool_bytes(weights, workspace, smallest)
     pool = replace(served.config.pool, pool_bytes=pool_bytes)
     layout = plan(pool)

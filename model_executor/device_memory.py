@@ -14,8 +14,10 @@ class DeviceMemory:
     pages: int
     staging: int
     """Rows of a step that were not admitted, and rows on their way from the host."""
+    graphs: int = 0
+    """Captured graphs: their inputs, and what they compute in."""
 
     @property
     def total(self) -> int:
         """All of it: nothing else may stay."""
-        return self.weights + self.pages + self.staging
+        return self.weights + self.pages + self.staging + self.graphs

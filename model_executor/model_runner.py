@@ -13,6 +13,7 @@ from torch import Tensor
 from block_manager.pool_layout import PoolLayout
 from block_manager.row_plan import RowPlan
 from model_executor.attention.backend import AttentionBackend
+from model_executor.attention.padded import TorchPaddedAttention
 from model_executor.background_refill import BackgroundRefill
 from model_executor.device_link import device_link
 from model_executor.device_memory import DeviceMemory
@@ -32,6 +33,7 @@ from model_executor.step import (
     SchedulerOutput,
     StepTimings,
 )
+from model_executor.step_graphs import GraphCapture, StepGraphs, usual_buckets
 
 
 class PhaseTimer:
@@ -105,6 +107,23 @@ class ModelRunner:
         self._layout = layout
         self.arena = PageArena(layout, self.model.config, self._device, self._dtype)
         self._refill = BackgroundRefill(self.loader, self.arena.rows, self._device, self._dtype)
+        self.graphs: StepGraphs | None = None
+        """Captured steps; they hold addresses of the pool, and go with it."""
+
+    def capture_graphs(self, capture: GraphCapture, max_tokens: int) -> None:
+        """Captures steps of the usual shapes; the pool must hold nothing yet.
+
+        Args:
+            capture: of the device.
+            max_tokens: of a step.
+
+        Raises:
+            RuntimeError: the device has no room for them.
+        """
+        attention, tokens = TorchPaddedAttention(), self._layout.block_tokens
+        buckets = usual_buckets(self.model, attention, tokens, max_tokens)
+        if buckets:
+            self.graphs = StepGraphs(self.model, self.arena.kv, attention, capture, buckets)
 
     def replace_pool(self, layout: PoolLayout) -> None:
         """Takes a pool in place of the one before, of which nothing is kept.
@@ -112,7 +131,7 @@ class ModelRunner:
         Raises:
             ValueError: the device has no room for it.
         """
-        del self.arena, self._refill
+        del self.arena, self._refill, self.graphs
         if self._on_cuda:
             torch.cuda.empty_cache()
         self._take_pool(layout)
@@ -133,6 +152,7 @@ class ModelRunner:
             weights,
             pages=self.arena.nbytes - staging,
             staging=staging + self.loader.device_bytes,
+            graphs=0 if self.graphs is None else self.graphs.nbytes,
         )
 
     def execute(self, step: SchedulerOutput) -> ModelOutput:
@@ -155,7 +175,7 @@ class ModelRunner:
             rows, (batch.num_context_rows, num_candidate_rows)
         )
         x = self.model.embed(rows, batch)
-        encoded = self.model.encode(x, batch, self.arena.kv, self._attention)
+        encoded = self._encode(step.requests, x, batch)
         timer.mark()
         search: Search | None = None
         if isinstance(self.model, RankingModel):
@@ -171,6 +191,15 @@ class ModelRunner:
         parts = _by_request(step.requests, on_host)
         retrieved = _retrieved(step.requests, search)
         return self._ended(step, ModelOutput(parts, retrieved, timings))
+
+    def _encode(
+        self, requests: tuple[ScheduledRequest, ...], x: Tensor, batch: PagedBatch
+    ) -> Tensor:
+        """Runs the layers: by a graph where the step's shape has one."""
+        bucket = None if self.graphs is None else self.graphs.find(requests)
+        if self.graphs is None or bucket is None:
+            return self.model.encode(x, batch, self.arena.kv, self._attention)
+        return self.graphs.encode(bucket, x, requests)
 
     def _ended(self, step: SchedulerOutput, output: ModelOutput) -> ModelOutput:
         """Nothing of the step can fail any more: its refill begins, the one before is reported."""

@@ -79,6 +79,13 @@ class EngineOptions:
             help="How attention is computed: auto, cpu, torch or xformers.",
         ),
     ] = _EXECUTOR.attention_backend
+    enforce_eager: Annotated[
+        bool,
+        typer.Option(
+            rich_help_panel="Model and execution",
+            help="On a GPU, capture no CUDA graphs of steps whose shapes repeat.",
+        ),
+    ] = _EXECUTOR.enforce_eager
     max_retrieval_matrix_bytes: Annotated[
         str,
         typer.Option(
@@ -365,6 +372,7 @@ class EngineOptions:
                     "max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes
                 ),
                 gpu_memory_utilization=self._gpu_memory_utilization(),
+                enforce_eager=self.enforce_eager,
             ),
             host_tier=HostTierConfig(
                 source=self.host_tier or _HOST_TIER.source,

@@ -143,6 +143,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "device": _TEXT,
     "dtype": st.sampled_from(["float32", "bfloat16"]),
     "attention_backend": _TEXT,
+    "enforce_eager": st.booleans(),
     "max_retrieval_matrix_bytes": _SIZE,
     "host_tier_timeout": st.floats(0.001, 1e6),
     "refill_bytes_per_second": _SIZE,
