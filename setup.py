@@ -86,6 +86,11 @@ setup(
         "parquet": ["pyarrow>=16"],
         "train": ["stable-baselines3>=2.7", "gymnasium>=1.1"],
         "redis": ["redis[hiredis]>=6.0"],
+        # On a CPU their kernels run in Triton's interpreter, which tests do.
+        "gpu": [
+            "triton>=3.5; sys_platform == 'linux'",
+            "xformers>=0.0.35; sys_platform == 'linux'",
+        ],
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",

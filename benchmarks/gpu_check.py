@@ -26,6 +26,7 @@ sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/gpu_check.py`.
 import numpy as np
 import torch
 
+from benchmarks.gpu_devices import check_pool_sizing, check_xformers
 from benchmarks.report import write_result
 from block_manager.pool_layout import PoolConfig
 from examples.hstu_training import initialise
@@ -280,9 +281,12 @@ def main() -> int:
     figures["golden_largest_error"] = check_golden("cuda")
     figures["gate_largest_difference"] = check_gate("cuda", range(5))
     print("gpu-check: golden cases and the exactness gate pass")
+    figures["xformers"] = check_xformers(torch.device("cuda", 0))
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as directory:
         write_random_model(Path(directory), parse_model_config(SHAPE, "gpu_check"))
+        sized = EngineConfig(Path(directory), executor=ExecutorConfig(device="cuda"))
+        figures["pool_sizing"] = check_pool_sizing(sized)
         before = requested_bytes()
         recommender = Recommender.from_config(
             EngineConfig(

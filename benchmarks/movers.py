@@ -102,8 +102,12 @@ class NaiveRunner:
         refill = step.refill
         if refill is None:
             return self._runner.execute(step)
-        rows = self._runner.loader.load(refill.row_ids)
-        self._runner.arena.rows.write(torch.from_numpy(refill.slots), torch.from_numpy(rows))
+        pages = self._runner.arena.rows
+
+        def land(first: int, rows: torch.Tensor) -> None:
+            pages.write(torch.from_numpy(refill.slots[first : first + len(rows)]), rows)
+
+        self._runner.loader.load(refill.row_ids, land)
         return replace(self._runner.execute(replace(step, refill=None)), refilled=refill)
 
 

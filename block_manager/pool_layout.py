@@ -80,6 +80,7 @@ class PoolLayout:
 
 def plan_layout(
     config: PoolConfig,
+    /,
     *,
     kv_bytes_per_token: int,
     row_bytes: int,
@@ -94,10 +95,9 @@ def plan_layout(
     Raises:
         PoolTooSmallError: below the staging and the KV floor; the message gives the bytes needed.
     """
-    block_bytes = config.block_tokens * kv_bytes_per_token
-    page_bytes = -(-max(block_bytes, row_bytes) // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+    page_bytes = _page_bytes(config.block_tokens * kv_bytes_per_token, row_bytes)
     staging_bytes = staging_rows * row_bytes
-    kv_floor = 1 + -(-max_context_tokens // config.block_tokens)
+    kv_floor = _kv_floor(max_context_tokens, config.block_tokens)
     needed = staging_bytes + kv_floor * page_bytes
     if config.pool_bytes < needed:
         raise PoolTooSmallError(
@@ -116,3 +116,27 @@ def plan_layout(
         staging_rows=staging_rows,
     )
     return replace(layout, num_emb_pages=layout.emb_pages_of(config.emb_fraction))
+
+
+def smallest_pool(
+    config: PoolConfig,
+    /,
+    *,
+    kv_bytes_per_token: int,
+    row_bytes: int,
+    max_context_tokens: int,
+    staging_rows: int,
+) -> PoolConfig:
+    """The same pool with as few bytes as `plan_layout` accepts."""
+    page_bytes = _page_bytes(config.block_tokens * kv_bytes_per_token, row_bytes)
+    kv_floor = _kv_floor(max_context_tokens, config.block_tokens)
+    return replace(config, pool_bytes=staging_rows * row_bytes + kv_floor * page_bytes)
+
+
+def _page_bytes(block_bytes: int, row_bytes: int) -> int:
+    return -(-max(block_bytes, row_bytes) // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+
+
+def _kv_floor(max_context_tokens: int, block_tokens: int) -> int:
+    """The null block and the blocks of one longest history."""
+    return 1 + -(-max_context_tokens // block_tokens)

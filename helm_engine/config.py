@@ -15,6 +15,8 @@ from helm_engine.controller.registry import check_controller
 from model_executor.redis_address import RedisAddress, parse_redis_url
 
 DTYPES = ("float32", "bfloat16")
+GPU_MEMORY_UTILIZATION = 0.9
+"""Of an engine whose pool's size was not said."""
 
 
 def _require_at_least(name: str, value: int, limit: int) -> None:
@@ -60,16 +62,28 @@ class ExecutorConfig:
     """Where and how steps are carried out."""
 
     device: str = "cpu"
-    """A torch device: `cpu`, `cuda` or `cuda:1`."""
+    """`cpu`; `cuda`: a GPU for each engine of the front; `cuda:1`: this one GPU for all of them;
+    `auto`: GPUs where there are any."""
+    place: int = 0
+    """Which of the front's engines this is, from 0 on."""
+    num_engines: int = 1
+    """How many there are."""
     dtype: str = "float32"
     """Of weights, rows, K and V on the device: `float32`, or `bfloat16`, which is faster where the
     processor knows it and rounds scores (docs/benchmarks.md has the error)."""
     attention_backend: str = "auto"
-    """`auto`: the fastest for the device; `cpu`: compiled kernels; `torch`: the reference."""
+    """`auto`: the fastest for the device; `cpu`: compiled kernels; `torch`: the reference;
+    `xformers`: its paged kernel, for softmax models on CUDA."""
     max_retrieval_matrix_bytes: int = 1 << 30
     """Limit of the item matrix that retrieval needs beside the pool; 0 = candidates only."""
     num_threads: int | None = None
     """Threads that torch computes with; None = its own choice."""
+    gpu_memory_utilization: float | None = None
+    """Share of a GPU's memory that the engine takes: what weights and the largest step leave of it
+    is the pool, whatever `pool_bytes` says; None = the pool has `pool_bytes`. A GPU that is named
+    by its number is shared evenly by all engines of a front. Not read on a CPU."""
+    enforce_eager: bool = False
+    """Capture no CUDA graphs of steps whose shapes repeat. Not read on a CPU."""
 
     def __post_init__(self) -> None:
         """Checks each value.
@@ -77,11 +91,15 @@ class ExecutorConfig:
         Raises:
             ValueError: names the field and its limit.
         """
+        _require_at_least("num_engines", self.num_engines, 1)
         if self.num_threads is not None:
             _require_at_least("num_threads", self.num_threads, 1)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         _require_at_least("max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes, 0)
+        share = self.gpu_memory_utilization
+        if share is not None and not 0.0 < share <= 1.0:
+            raise ValueError(f"gpu_memory_utilization: must be above 0 and up to 1, not {share}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from block_manager.page_value import PageValueEstimator
-from block_manager.pool_layout import PoolLayout, plan_layout
+from block_manager.pool_layout import PoolLayout, plan_layout, smallest_pool
 from helm_engine.clock import Clock, SystemClock
 from helm_engine.config import EngineConfig
 from helm_engine.controller.engine_control import build_control
 from helm_engine.engine_core import EngineCore
 from helm_engine.input_processor import InputProcessor, new_user_key
 from helm_engine.page_values import page_value_estimator
+from helm_engine.pool_sizing import device_budget, size_pool
 from helm_engine.protocol import parse_request
 from helm_engine.residency_publisher import ResidencyPublisher
 from helm_engine.sample_request import sample_request
 from helm_engine.scheduler import Scheduler, build_scheduler
 from helm_engine.served_model import ServedModel
+from model_executor.attention.backend import AttentionBackend, AttentionShape
 from model_executor.attention.registry import attention_backend
 from model_executor.capabilities import StepRules, capabilities_of, step_rules
 from model_executor.checkpoint import (
@@ -30,11 +33,15 @@ from model_executor.checkpoint import (
     tables_version,
 )
 from model_executor.cost_profile import CostProfile, load_cost_profile
+from model_executor.devices import select_device
 from model_executor.exceptions import RowsUnavailableError, TablesMismatchError
 from model_executor.host_store import HOST_NUMBER_BYTES, HostStore, MemoryMappedTables
 from model_executor.memory_ledger import activation_bound
+from model_executor.memory_meter import CudaMemoryMeter, memory_errors_told
 from model_executor.model_config import ModelConfig
 from model_executor.model_runner import ModelRunner
+from model_executor.models.sequence_model import SequenceModel
+from model_executor.step_graphs import CudaGraphCapture
 
 logger = logging.getLogger(__name__)
 
@@ -70,53 +77,36 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         ModelDirectoryError: the directory cannot be served.
         HelmError: the first step failed.
         PoolTooSmallError: the pool cannot hold what one request may need.
+        DeviceMemoryError: the device has no room; the message gives the bytes and what to lower.
         ValueError: a setting names what is not there or cannot be used: the device, the attention
             backend, the host tier, the cost profile, the controller, an address for events.
     """
     model_config = load_config(config.model_dir)
-    device = _device(config.executor.device)
+    device = select_device(
+        config.executor.device, config.executor.place, config.executor.num_engines
+    )
+    budget = device_budget(config.executor, device)
+    config = replace(config, executor=replace(config.executor, device=str(device)))
     dtype = compute_dtype(config.executor.dtype)
-    model = load_dense_weights(config.model_dir, model_config, device).to(dtype)
-    table = table or _open_host_tier(config, model_config)
-    if table.num_rows != model_config.num_rows:
-        raise ValueError(
-            f"table: has {table.num_rows} rows, the model needs {model_config.num_rows}"
-        )
-    capabilities = capabilities_of(model_config)
-    rules = step_rules(model_config, capabilities)
+    rules = step_rules(model_config, capabilities_of(model_config))
+    sizes = {
+        "kv_bytes_per_token": model_config.kv_elements_per_token * dtype.itemsize,
+        "row_bytes": model_config.row_dim * dtype.itemsize,
+        "max_context_tokens": model_config.max_context_tokens,
+        "staging_rows": config.scheduler.max_num_batched_tokens,
+    }
     layout = plan_layout(
-        config.pool,
-        kv_bytes_per_token=model_config.kv_elements_per_token * dtype.itemsize,
-        row_bytes=model_config.row_dim * dtype.itemsize,
-        max_context_tokens=model_config.max_context_tokens,
-        staging_rows=config.scheduler.max_num_batched_tokens,
+        config.pool if budget is None else smallest_pool(config.pool, **sizes), **sizes
     )
-    runner = ModelRunner(
-        model,
-        table,
-        layout,
-        attention_backend(config.executor.attention_backend, device),
-        device,
-        config.executor.max_retrieval_matrix_bytes,
-    )
-    bound = activation_bound(
-        model_config,
-        config.scheduler.max_num_batched_tokens,
-        config.scheduler.max_num_seqs,
-        retrieves=runner.retrieval_head is not None,
-        element_bytes=dtype.itemsize,
-    )
-    served = ServedModel(
-        config=config,
-        model_config=model_config,
-        version=model_version(config.model_dir),
-        capabilities=capabilities,
-        layout=layout,
-        memory=runner.memory,
-        activation_bound=bound,
-        can_retrieve=runner.retrieval_head is not None,
-        cost_profile=load_cost_profile(config.cost_profile) if config.cost_profile else None,
-    )
+    runner = _build_runner(config, model_config, layout, dtype, device, table)
+    served = _served_model(config, model_config, runner, layout, dtype)
+    if budget is not None:
+        # What graphs take is known only when they are there; they go with the pool.
+        _capture_graphs(config, runner, device)
+        plan = partial(plan_layout, **sizes)
+        served = size_pool(served, runner, rules, budget, CudaMemoryMeter(device), plan)
+    _capture_graphs(config, runner, device)
+    served = replace(served, memory=runner.memory)
     _log_memory(served)
     _log_capabilities(served)
     processor = served.input_processor(new_user_key())
@@ -126,11 +116,11 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
         runner.arena.poison()
     scheduler = build_scheduler(
         config.scheduler,
-        layout,
-        table.num_rows,
+        served.layout,
+        model_config.num_rows,
         rules,
         config.poison_freed_memory,
-        _page_values(served.cost_profile, layout, table.num_rows),
+        _page_values(served.cost_profile, served.layout, model_config.num_rows),
         config.host_tier.refill,
         HOST_NUMBER_BYTES * model_config.row_dim,
     )
@@ -138,6 +128,86 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     residency = _tell_residency(config, scheduler)
     core = EngineCore(scheduler, runner, clock, control, residency)
     return LoadedEngine(served, runner, processor, core, residency)
+
+
+def _capture_graphs(config: EngineConfig, runner: ModelRunner, device: torch.device) -> None:
+    if device.type != "cuda" or config.executor.enforce_eager:
+        return
+    with memory_errors_told(device, "CUDA graphs", "use enforce_eager"):
+        runner.capture_graphs(CudaGraphCapture(device), config.scheduler.max_num_batched_tokens)
+
+
+def _build_runner(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    layout: PoolLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+    table: HostStore | None,
+) -> ModelRunner:
+    """Loads the weights, opens the host tier and allocates a pool."""
+    with memory_errors_told(
+        device, "the weights", "lower max_retrieval_matrix_bytes, or use dtype bfloat16"
+    ):
+        model = load_dense_weights(config.model_dir, model_config, device).to(dtype)
+        attention = _attention(config, model, layout, dtype, device)
+        table = table or _open_host_tier(config, model_config)
+        if table.num_rows != model_config.num_rows:
+            raise ValueError(
+                f"table: has {table.num_rows} rows, the model needs {model_config.num_rows}"
+            )
+        most = config.executor.max_retrieval_matrix_bytes
+        return ModelRunner(model, table, layout, attention, device, most)
+
+
+def _served_model(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    runner: ModelRunner,
+    layout: PoolLayout,
+    dtype: torch.dtype,
+) -> ServedModel:
+    """What fronts are told."""
+    retrieves = runner.retrieval_head is not None
+    bound = activation_bound(
+        model_config,
+        config.scheduler.max_num_batched_tokens,
+        config.scheduler.max_num_seqs,
+        retrieves=retrieves,
+        element_bytes=dtype.itemsize,
+    )
+    return ServedModel(
+        config=config,
+        model_config=model_config,
+        version=model_version(config.model_dir),
+        capabilities=capabilities_of(model_config),
+        layout=layout,
+        memory=runner.memory,
+        activation_bound=bound,
+        can_retrieve=retrieves,
+        cost_profile=load_cost_profile(config.cost_profile) if config.cost_profile else None,
+    )
+
+
+def _attention(
+    config: EngineConfig,
+    model: SequenceModel,
+    layout: PoolLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AttentionBackend:
+    """The backend that the configuration names, if it can serve the model."""
+    shape = AttentionShape(
+        rule=model.rule,
+        num_heads=model.config.num_heads,
+        dqk=model.config.dqk,
+        dv=model.config.dv,
+        dtype=dtype,
+        candidates_in_sequence=model.config.candidates_in_sequence,
+        block_tokens=layout.block_tokens,
+        page_bytes=layout.page_bytes,
+    )
+    return attention_backend(config.executor.attention_backend, device, shape)
 
 
 def _tell_residency(config: EngineConfig, scheduler: Scheduler) -> ResidencyPublisher | None:
@@ -203,18 +273,6 @@ def compute_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: {name!r} is not a torch device") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: {name!r} is not supported (supported: cpu, cuda, cuda:N)")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: {name!r} is not there ({torch.cuda.device_count()} GPUs found)")
-    return device
-
-
 def _log_capabilities(served: ServedModel) -> None:
     for name, capability in served.capabilities.describe().items():
         logger.info("%s: %s, because %s", name, capability["value"], capability["reason"])
@@ -233,7 +291,7 @@ def _log_memory(served: ServedModel) -> None:
     layout = served.layout
     logger.info(
         "device memory: %d bytes of weights, %d pages of %d bytes (KV %d, EMB %d), "
-        "%d bytes of staging; a step adds at most %d bytes of activations; "
+        "%d bytes of staging, %d of graphs; a step adds at most %d bytes of activations%s; "
         "a row page holds %d rows and leaves %d bytes unused",
         served.memory.weights,
         layout.num_pages,
@@ -241,7 +299,9 @@ def _log_memory(served: ServedModel) -> None:
         layout.num_kv_pages,
         layout.num_emb_pages,
         served.memory.staging,
+        served.memory.graphs,
         served.activation_bound,
+        "" if served.workspace is None else f" ({served.workspace} were measured)",
         layout.rows_per_page,
         layout.page_tail_bytes,
     )

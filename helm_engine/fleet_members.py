@@ -57,16 +57,16 @@ def make_members(config: EngineConfig, server: ServerConfig) -> list[FleetMember
 def one_of_several(config: EngineConfig, place: int, number: int) -> EngineConfig:
     """The configuration of one of several engines on this machine.
 
-    They share the processor's cores evenly, and have a GPU and a decision log each.
+    They share the processor's cores evenly, and have a decision log each; which GPU each has the
+    engine finds out itself (`select_device`).
     """
     threads = max(1, _num_cores() // number)
-    device = f"cuda:{place}" if config.executor.device == "cuda" else config.executor.device
     controller, log = config.controller, config.controller.decision_log
     if log is not None:
         controller = replace(controller, decision_log=log.with_stem(f"{log.stem}-{place}"))
     return replace(
         config,
-        executor=replace(config.executor, device=device, num_threads=threads),
+        executor=replace(config.executor, place=place, num_engines=number, num_threads=threads),
         controller=controller,
     )
 

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 
 from block_manager.pool_layout import PoolConfig
 from helm_engine.clock import SystemClock
-from helm_engine.config import EngineConfig, ExecutorConfig
+from helm_engine.config import GPU_MEMORY_UTILIZATION, EngineConfig, ExecutorConfig
 from helm_engine.engine_loader import load_engine
 from helm_engine.exceptions import HelmError, RequestAbortedError
 from helm_engine.input_processor import PreparedRequest
@@ -45,9 +45,10 @@ class Recommender:
 
         Args:
             model_dir: the model directory.
-            pool_bytes: size of the page pool; default as in `EngineConfig`.
+            pool_bytes: size of the page pool; default as in `EngineConfig`, and on a GPU what
+                nine tenths of its memory leave beside weights and the largest step.
             emb_fraction: share of the pool for embedding rows, 0..1; likewise.
-            device: `cpu`, `cuda` or `cuda:N`.
+            device: `cpu`, `cuda`, `cuda:N` or `auto`.
 
         Raises:
             ModelDirectoryError: the directory cannot be served.
@@ -59,7 +60,8 @@ class Recommender:
             pool = replace(pool, pool_bytes=pool_bytes)
         if emb_fraction is not None:
             pool = replace(pool, emb_fraction=emb_fraction)
-        executor = ExecutorConfig(device=device)
+        utilization = GPU_MEMORY_UTILIZATION if pool_bytes is None else None
+        executor = ExecutorConfig(device=device, gpu_memory_utilization=utilization)
         self._start(EngineConfig(Path(model_dir), pool=pool, executor=executor))
 
     @classmethod

@@ -119,6 +119,7 @@ class ServedMessage(msgspec.Struct, frozen=True):
     controller: ControllerConfig
     residency: ResidencyConfig
     """Its addresses as seen from the engine's host."""
+    workspace: int | None = None
 
     @classmethod
     def of(cls, served: ServedModel) -> ServedMessage:
@@ -143,6 +144,7 @@ class ServedMessage(msgspec.Struct, frozen=True):
             limits=config.limits,
             controller=replace(config.controller, name=None, decision_log=None),
             residency=config.residency,
+            workspace=served.workspace,
         )
 
     def served(self, host: str) -> ServedModel:
@@ -180,6 +182,7 @@ class ServedMessage(msgspec.Struct, frozen=True):
             activation_bound=self.activation_bound,
             can_retrieve=self.can_retrieve,
             cost_profile=self.cost_profile,
+            workspace=self.workspace,
         )
 
 

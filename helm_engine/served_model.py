@@ -29,6 +29,8 @@ class ServedModel:
     can_retrieve: bool
     cost_profile: CostProfile | None = None
     """What work costs on its device, where that was measured."""
+    workspace: int | None = None
+    """Bytes that the largest steps added when they were measured at start; None = they were not."""
 
     @property
     def name(self) -> str:

@@ -70,7 +70,7 @@ class BackgroundRefill:
             return
         try:
             slots = to_device(self._plan.slots[first : self._num_landed], self._device)
-            self._rows.write(slots, torch.from_numpy(landed.rows).to(self._device, self._dtype))
+            landed.rows.land(lambda _, rows: self._rows.write(slots, rows.to(self._dtype)))
         except RuntimeError:
             # What is not written must not be committed; the step that meets this may go on.
             logger.exception("rows of a refill could not be written")

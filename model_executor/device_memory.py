@@ -13,8 +13,11 @@ class DeviceMemory:
     """Dense weights and, where there is a retrieval head, its item matrix."""
     pages: int
     staging: int
+    """Rows of a step that were not admitted, and rows on their way from the host."""
+    graphs: int = 0
+    """Captured graphs: their inputs, and what they compute in."""
 
     @property
     def total(self) -> int:
         """All of it: nothing else may stay."""
-        return self.weights + self.pages + self.staging
+        return self.weights + self.pages + self.staging + self.graphs

@@ -13,3 +13,7 @@ class RowsUnavailableError(RuntimeError):
 
 class TablesMismatchError(ValueError):
     """The host tier holds other tables than the model needs; the message names the field."""
+
+
+class DeviceMemoryError(ValueError):
+    """The device has no room for the engine; the message gives the bytes and what to lower."""

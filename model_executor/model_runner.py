@@ -13,16 +13,17 @@ from torch import Tensor
 from block_manager.pool_layout import PoolLayout
 from block_manager.row_plan import RowPlan
 from model_executor.attention.backend import AttentionBackend
+from model_executor.attention.padded import TorchPaddedAttention
 from model_executor.background_refill import BackgroundRefill
+from model_executor.device_link import device_link
 from model_executor.device_memory import DeviceMemory
 from model_executor.host_store import HOST_NUMBER_BYTES, HostStore
-from model_executor.models.heads import RetrievalHead
+from model_executor.models.heads import RetrievalHead, Search
 from model_executor.models.sequence_model import RankingModel, RetrievalModel, SequenceModel
 from model_executor.page_arena import PageArena
-from model_executor.paged_batch import PagedBatch, build_paged_batch, to_device
+from model_executor.paged_batch import PagedBatch, begin_to_host, build_paged_batch, to_device
 from model_executor.row_loader import RowLoader
 from model_executor.step import (
-    NO_ROW,
     CandidateScoring,
     Float32Array,
     Int64Array,
@@ -32,6 +33,7 @@ from model_executor.step import (
     SchedulerOutput,
     StepTimings,
 )
+from model_executor.step_graphs import GraphCapture, StepGraphs, usual_buckets
 
 
 class PhaseTimer:
@@ -83,21 +85,56 @@ class ModelRunner:
         """
         self.model = model
         self._dtype = next(model.parameters()).dtype
-        self.arena = PageArena(layout, model.config, device, self._dtype)
+        self._device = device
         self.retrieval_head = (
             RetrievalHead(model, table, device, max_retrieval_matrix_bytes)
             if max_retrieval_matrix_bytes and isinstance(model, RetrievalModel)
             else None
         )
-        self.loader = RowLoader(table, HOST_NUMBER_BYTES * model.config.row_dim)
-        self._refill = BackgroundRefill(self.loader, self.arena.rows, device, self._dtype)
-        self._layout = layout
+        self.loader = RowLoader(
+            table,
+            HOST_NUMBER_BYTES * model.config.row_dim,
+            device_link(device, model.config.row_dim),
+        )
         self._attention = attention
-        self._device = device
         self._on_cuda = device.type == "cuda"
         # Nothing here asks for gradients, so nothing is recorded: to enter torch's inference mode
         # for each step would take longer than it spares.
         model.requires_grad_(False)
+        self._take_pool(layout)
+
+    def _take_pool(self, layout: PoolLayout) -> None:
+        self._layout = layout
+        self.arena = PageArena(layout, self.model.config, self._device, self._dtype)
+        self._refill = BackgroundRefill(self.loader, self.arena.rows, self._device, self._dtype)
+        self.graphs: StepGraphs | None = None
+        """Captured steps; they hold addresses of the pool, and go with it."""
+
+    def capture_graphs(self, capture: GraphCapture, max_tokens: int) -> None:
+        """Captures steps of the usual shapes; the pool must hold nothing yet.
+
+        Args:
+            capture: of the device.
+            max_tokens: of a step.
+
+        Raises:
+            RuntimeError: the device has no room for them.
+        """
+        attention, tokens = TorchPaddedAttention(), self._layout.block_tokens
+        buckets = usual_buckets(self.model, attention, tokens, max_tokens)
+        if buckets:
+            self.graphs = StepGraphs(self.model, self.arena.kv, attention, capture, buckets)
+
+    def replace_pool(self, layout: PoolLayout) -> None:
+        """Takes a pool in place of the one before, of which nothing is kept.
+
+        Raises:
+            ValueError: the device has no room for it.
+        """
+        del self.arena, self._refill, self.graphs
+        if self._on_cuda:
+            torch.cuda.empty_cache()
+        self._take_pool(layout)
 
     def close(self) -> None:
         """Ends the thread that reads refills, after what it reads; no step may follow."""
@@ -111,7 +148,12 @@ class ModelRunner:
         if self.retrieval_head is not None:
             weights += self.retrieval_head.matrix.nbytes
         staging = self._layout.staging_bytes
-        return DeviceMemory(weights, pages=self.arena.nbytes - staging, staging=staging)
+        return DeviceMemory(
+            weights,
+            pages=self.arena.nbytes - staging,
+            staging=staging + self.loader.device_bytes,
+            graphs=0 if self.graphs is None else self.graphs.nbytes,
+        )
 
     def execute(self, step: SchedulerOutput) -> ModelOutput:
         """Carries out one step; see `Executor.execute`.
@@ -133,18 +175,31 @@ class ModelRunner:
             rows, (batch.num_context_rows, num_candidate_rows)
         )
         x = self.model.embed(rows, batch)
-        encoded = self.model.encode(x, batch, self.arena.kv, self._attention)
+        encoded = self._encode(step.requests, x, batch)
         timer.mark()
-        retrieved: dict[str, tuple[Int64Array, Float32Array]] = {}
+        search: Search | None = None
         if isinstance(self.model, RankingModel):
             scores = self.model.score(encoded, candidate_rows, batch)
         else:
             assert isinstance(self.model, RetrievalModel)
             users = self.model.normalise_user(encoded)
             scores = self._inner_products(self.model, step.requests, users, addresses)
-            retrieved = self._retrieve(step.requests, users)
-        parts = _by_request(step.requests, scores)
-        return self._ended(step, ModelOutput(parts, retrieved, timer.result()))
+            search = self._search(step.requests, users)
+        on_host = begin_to_host(scores)
+        # The one wait of a step; what is read from here on has come.
+        timings = timer.result()
+        parts = _by_request(step.requests, on_host)
+        retrieved = _retrieved(step.requests, search)
+        return self._ended(step, ModelOutput(parts, retrieved, timings))
+
+    def _encode(
+        self, requests: tuple[ScheduledRequest, ...], x: Tensor, batch: PagedBatch
+    ) -> Tensor:
+        """Runs the layers: by a graph where the step's shape has one."""
+        bucket = None if self.graphs is None else self.graphs.find(requests)
+        if self.graphs is None or bucket is None:
+            return self.model.encode(x, batch, self.arena.kv, self._attention)
+        return self.graphs.encode(bucket, x, requests)
 
     def _ended(self, step: SchedulerOutput, output: ModelOutput) -> ModelOutput:
         """Nothing of the step can fail any more: its refill begins, the one before is reported."""
@@ -177,25 +232,32 @@ class ModelRunner:
                 to_device(step.moves.destinations, self._device),
             )
         if step.dead_blocks:
-            self.arena.poison_pages(torch.tensor(step.dead_blocks, device=self._device))
+            self.arena.poison_pages(to_device(np.array(step.dead_blocks), self._device))
         if len(step.dead_slots):
             self.arena.rows.poison(to_device(step.dead_slots, self._device))
         self._refill.write_landed()
 
     def _load_rows(self, plan: RowPlan) -> Int64Array:
         """Copies the missing rows to the device; returns the address of every row of the plan."""
+        addresses = self.arena.addresses(plan.slots, plan.staging)
         admitted, staged = plan.admitted, plan.staged
         if len(admitted) or len(staged):
             # One read, and one round trip, for both.
-            rows = self._fetch(plan.row_ids[np.concatenate([admitted, staged])])
+            missing = np.concatenate([admitted, staged])
             slots, places = plan.slots[admitted], plan.staging[staged]
-            self.arena.rows.write(to_device(slots, self._device), rows[: len(slots)])
-            self.arena.write_staging(to_device(places, self._device), rows[len(slots) :])
-        return self.arena.addresses(plan.slots, plan.staging)
 
-    def _fetch(self, row_ids: Int64Array) -> Tensor:
-        """Rows of the host tier on the device, float [n, row_dim]."""
-        return torch.from_numpy(self.loader.load(row_ids)).to(self._device, self._dtype)
+            def land(first: int, rows: Tensor) -> None:
+                """A chunk of them; those with a slot come before those in staging."""
+                end = first + len(rows)
+                self.arena.access.land(
+                    addresses[missing[first:end]],
+                    slots[first:end],
+                    places[max(0, first - len(slots)) : max(0, end - len(slots))],
+                    rows,
+                )
+
+            self.loader.load(plan.row_ids[missing], land)
+        return addresses
 
     def _batch(self, requests: tuple[ScheduledRequest, ...]) -> PagedBatch:
         in_sequence = isinstance(self.model, RankingModel)
@@ -206,16 +268,7 @@ class ModelRunner:
         index = [request.row_index for request in requests]
         if isinstance(self.model, RankingModel):
             index += [task.row_index for _, task in _scorings(requests)]
-        row_index = np.concatenate(index)
-        has_row = row_index != NO_ROW
-        if has_row.all():
-            return self.arena.read_rows(to_device(addresses[row_index], self._device))
-        rows = torch.zeros(
-            len(row_index), self.model.config.row_dim, dtype=self._dtype, device=self._device
-        )
-        places = to_device(addresses[row_index[has_row]], self._device)
-        rows[to_device(has_row, self._device)] = self.arena.read_rows(places)
-        return rows
+        return self.arena.access.gather(addresses, np.concatenate(index))
 
     def _inner_products(
         self,
@@ -229,30 +282,23 @@ class ModelRunner:
         if not found:
             return torch.empty(0, 1)
         rows = np.concatenate([task.row_index for _, task in found])
-        places = to_device(addresses[rows], self._device)
-        items = model.normalise_item(self.arena.read_rows(places))
+        items = model.normalise_item(self.arena.access.gather(addresses, rows))
         owners = np.repeat(
             [place for place, _ in found], [len(task.row_index) for _, task in found]
         )
         products = items * users[to_device(owners, self._device)]
         return products.float().sum(dim=-1, keepdim=True)
 
-    def _retrieve(
-        self, requests: tuple[ScheduledRequest, ...], users: Tensor
-    ) -> dict[str, tuple[Int64Array, Float32Array]]:
-        found = [
-            (place, request.request_id, request.task)
-            for place, request in enumerate(requests)
-            if isinstance(request.task, Retrieval)
-        ]
-        if not found:
-            return {}
+    def _search(self, requests: tuple[ScheduledRequest, ...], users: Tensor) -> Search | None:
+        tasks = [one.task for one in requests if isinstance(one.task, Retrieval)]
+        if not tasks:
+            return None
         if self.retrieval_head is None:
             raise RuntimeError("a retrieval was scheduled on an engine without a retrieval head")
-        places = np.array([place for place, _, _ in found])
-        askers = users[to_device(places, self._device)]
-        results = self.retrieval_head.retrieve(askers, [task for _, _, task in found])
-        return {request_id: best for (_, request_id, _), best in zip(found, results, strict=True)}
+        places = np.array(
+            [place for place, one in enumerate(requests) if isinstance(one.task, Retrieval)]
+        )
+        return self.retrieval_head.search(users[to_device(places, self._device)], tasks)
 
 
 def _scorings(
@@ -266,12 +312,22 @@ def _scorings(
     ]
 
 
-def _by_request(requests: tuple[ScheduledRequest, ...], scores: Tensor) -> dict[str, Float32Array]:
-    """Splits a step's scores [C, tasks] among its requests."""
-    on_host, parts, first = scores.cpu().numpy(), {}, 0
+def _by_request(requests: tuple[ScheduledRequest, ...], on_host: Tensor) -> dict[str, Float32Array]:
+    """Splits a step's scores [C, tasks], on the host, among its requests."""
+    scores, parts, first = on_host.numpy(), {}, 0
     for request in requests:
         if isinstance(request.task, CandidateScoring):
             end = first + request.num_candidates
-            parts[request.request_id] = on_host[first:end]
+            parts[request.request_id] = scores[first:end]
             first = end
     return parts
+
+
+def _retrieved(
+    requests: tuple[ScheduledRequest, ...], search: Search | None
+) -> dict[str, tuple[Int64Array, Float32Array]]:
+    """What a search found, by request."""
+    if search is None:
+        return {}
+    asked = [one.request_id for one in requests if isinstance(one.task, Retrieval)]
+    return dict(zip(asked, search.results(), strict=True))

@@ -21,8 +21,12 @@ from numba import njit
 from torch import Tensor
 
 from block_manager.pool_layout import PoolLayout
+from model_executor.exceptions import DeviceMemoryError
+from model_executor.memory_meter import free_of
 from model_executor.model_config import ModelConfig
+from model_executor.row_access import RowAccess, TorchRowAccess, TritonRowAccess
 from model_executor.row_pages import RowPages
+from model_executor.scaled_rows import ScaledRows
 from model_executor.step import Int64Array
 
 
@@ -56,42 +60,62 @@ def _allocate(num_bytes: int, dtype: torch.dtype, device: torch.device) -> Tenso
     try:
         return torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=device)
     except RuntimeError as error:  # torch's out-of-memory errors, of the CPU and of CUDA.
-        raise ValueError(f"pool_bytes: {device} has no {num_bytes} bytes left: {error}") from error
+        raise DeviceMemoryError(
+            f"pool_bytes: {device} has no room for {num_bytes} bytes{free_of(device)}; lower "
+            "pool_bytes, or on a GPU gpu_memory_utilization"
+        ) from error
 
 
 class PageArena:
     """Owns the allocation; nothing else on the device holds rows or KV."""
 
     def __init__(
-        self, layout: PoolLayout, config: ModelConfig, device: torch.device, dtype: torch.dtype
+        self,
+        layout: PoolLayout,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        row_codec: ScaledRows | None = None,
     ) -> None:
-        """Allocates `layout.total_bytes` on the device; rows, K and V are of one dtype.
+        """Allocates `layout.total_bytes` on the device.
+
+        Args:
+            layout: of the pool.
+            config: of the model.
+            device: where.
+            dtype: of K, V and rows.
+            row_codec: how rows are stored instead.
 
         Raises:
             ValueError: the device does not have that much.
         """
         self.layout = layout
         self._page_elements = layout.page_bytes // dtype.itemsize
-        self._row_elements = layout.row_bytes // dtype.itemsize
         self._storage = _allocate(layout.total_bytes, dtype, device)
         self.kv = self._view_kv(config)
+        stored = dtype if row_codec is None else row_codec.stored_dtype
+        row_elements = layout.row_bytes // stored.itemsize
+        page_elements = layout.page_bytes // stored.itemsize
+        storage = self._storage.view(stored)
         # Rows start at multiples of this many elements, in pages and in staging alike, so that
         # one row view with this stride reaches them all and a gather is one indexed read.
-        self._address_stride = math.gcd(self._page_elements, self._row_elements)
-        self._rows = self._storage.as_strided(
-            (
-                (self._storage.numel() - self._row_elements) // self._address_stride + 1,
-                self._row_elements,
-            ),
-            (self._address_stride, 1),
+        stride = math.gcd(page_elements, row_elements)
+        self._page_stride, self._row_stride = page_elements // stride, row_elements // stride
+        self._rows = storage.as_strided(
+            ((storage.numel() - row_elements) // stride + 1, row_elements), (stride, 1)
         )
-
-        first_staging = layout.num_pages * self._page_elements
-        self._staging = self._storage[first_staging:].view(layout.staging_rows, self._row_elements)
+        first_staging = layout.num_pages * page_elements
+        self._staging = storage[first_staging:].view(layout.staging_rows, row_elements)
         self.rows = RowPages(
-            self._storage, layout.num_pages, layout.page_bytes, self._row_elements, dtype
+            self._storage, layout.num_pages, layout.page_bytes, row_elements, stored, row_codec
         )
-        """Rows in pages; `addresses` and `read_rows` reach those of staging too."""
+        """Rows in pages; `addresses` and `access` reach those of staging too."""
+        self.access: RowAccess = (
+            TritonRowAccess(self._rows)
+            if device.type == "cuda" and row_codec is None
+            else TorchRowAccess(self._rows, self._staging, self.rows, row_codec)
+        )
+        """How a step's rows are read and written."""
 
     def _view_kv(self, config: ModelConfig) -> PagedKV:
         tokens = self.layout.block_tokens
@@ -123,19 +147,11 @@ class PageArena:
             slots,
             staging,
             self.layout.rows_per_page,
-            self._page_elements // self._address_stride,
-            self._row_elements // self._address_stride,
+            self._page_stride,
+            self._row_stride,
             self.layout.num_pages,
         )
         return found
-
-    def read_rows(self, addresses: Tensor) -> Tensor:
-        """Copies the rows at these addresses: float [n, D]."""
-        return self._rows.index_select(0, addresses)
-
-    def write_staging(self, indices: Tensor, rows: Tensor) -> None:
-        """Writes rows [n, D] to distinct places of staging (int64 [n])."""
-        self._staging.index_copy_(0, indices, rows)
 
     def poison(self) -> None:
         """Fills everything with NaN: a read of memory that was never written shows as NaN."""

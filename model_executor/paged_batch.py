@@ -92,7 +92,18 @@ class PagedBatch:
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     """A host array as a tensor of the same type; on a CPU it may be the array's memory itself."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device.type == "cpu" else tensor.to(device)
+    if device.type == "cpu":
+        return tensor
+    # Pinned, or the host would wait for the copy; torch keeps the memory until it is done.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def begin_to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host, in pinned memory, to be read when the device is done; or on a CPU itself.
+
+    The host does not wait here: one wait at the end of a step is enough for all of its copies.
+    """
+    return tensor.to("cpu", non_blocking=True)
 
 
 def build_paged_batch(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model_executor.scaled_rows import ScaledRows
+
 
 class RowPages:
     """Every page as slots of one row size; which pages hold such rows is the pool's business.
@@ -20,8 +22,11 @@ class RowPages:
         page_bytes: int,
         row_elements: int,
         dtype: torch.dtype,
+        codec: ScaledRows | None = None,
     ) -> None:
         """Looks at the first `num_pages * page_bytes` bytes of a storage, [n], of any dtype.
+
+        With a codec, `row_elements` and `dtype` are those of what it stores.
 
         Raises:
             ValueError: a page has no room for a row.
@@ -32,6 +37,7 @@ class RowPages:
             raise ValueError(
                 f"row_elements: {row_elements} of {dtype} do not fit {page_bytes} bytes"
             )
+        self._codec = codec
         # A length that every dtype divides: pages are aligned, what follows them may not be.
         num_elements = num_pages * page_bytes // storage.dtype.itemsize
         self._slots = (
@@ -44,21 +50,25 @@ class RowPages:
         )
 
     def read(self, slots: Tensor) -> Tensor:
-        """Copies of the rows in slots (int64 [n]): [n, row_elements]."""
-        return self._slots[self._places(slots)]
+        """Copies of the rows in slots (int64 [n]): [n, D]."""
+        stored = self._slots[self._places(slots)]
+        return stored if self._codec is None else self._codec.decode(stored)
 
     def write(self, slots: Tensor, rows: Tensor) -> None:
-        """Writes rows [n, row_elements] to distinct slots (int64 [n])."""
-        self._slots.index_put_(self._places(slots), rows)
+        """Writes rows [n, D] to distinct slots (int64 [n])."""
+        stored = rows if self._codec is None else self._codec.encode(rows)
+        self._slots.index_put_(self._places(slots), stored)
 
     def move(self, sources: Tensor, destinations: Tensor) -> None:
         """Copies rows from slot to slot (int64 [n] each); no source is a destination."""
-        self.write(destinations, self.read(sources))
+        self._slots.index_put_(self._places(destinations), self._slots[self._places(sources)])
 
     def poison(self, slots: Tensor) -> None:
         """Fills slots (int64 [n]) with NaN."""
-        nan = self._slots.new_full((len(slots), self._slots.shape[-1]), torch.nan)
-        self.write(slots, nan)
+        dtype = self._slots.dtype if self._codec is None else torch.float32
+        shape = (len(slots), self._slots.shape[-1])
+        nan = torch.full(shape, torch.nan, dtype=dtype, device=self._slots.device)
+        self.write(slots, nan if self._codec is None else nan[:, : self._codec.dim])
 
     def _places(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         pages = torch.div(slots, self.rows_per_page, rounding_mode="floor")

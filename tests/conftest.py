@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,9 @@ import pytest
 from hypothesis import settings
 
 from helm_engine.scheduler import Scheduler
+
+# Triton's kernels run in its interpreter, on the CPU. Read when Triton is first imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # No test asserts a time: on a busy machine one slow example would be a false alarm.
 settings.register_profile("suite", deadline=None, print_blob=True)

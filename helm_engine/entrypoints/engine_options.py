@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from block_manager.pool_layout import PoolConfig
 from helm_engine.config import (
+    GPU_MEMORY_UTILIZATION,
     EngineConfig,
     ExecutorConfig,
     HostTierConfig,
@@ -27,6 +27,7 @@ from helm_engine.controller.controller_config import ControllerConfig
 from helm_engine.entrypoints.command import CommandError
 from helm_engine.entrypoints.config_file import configuration_toml, use_config_file
 from helm_engine.entrypoints.option_groups import KEYWORD, declare, takes_option_groups
+from helm_engine.entrypoints.sizes import mebibytes, size_in_bytes
 from helm_engine.entrypoints.value_source import secret_option, with_place
 from helm_engine.entrypoints.waiting import SlowNotice
 
@@ -40,10 +41,6 @@ _RESIDENCY = ResidencyConfig()
 
 ENGINE_CONTEXT = {"auto_envvar_prefix": "HELM"}
 """Settings of an engine's command: `HELM_POOL_BYTES` is the variable of `--pool-bytes`."""
-
-
-def _size(value: int) -> str:
-    return f"{value >> 20}MiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,9 @@ class EngineOptions:
     device: Annotated[
         str,
         typer.Option(
-            metavar="DEVICE", rich_help_panel="Model and execution", help="cpu, cuda or cuda:N."
+            metavar="DEVICE",
+            rich_help_panel="Model and execution",
+            help="cpu; cuda, a GPU for each engine; cuda:N, one GPU for all; auto, GPUs if any.",
         ),
     ] = _EXECUTOR.device
     dtype: Annotated[
@@ -77,9 +76,16 @@ class EngineOptions:
         typer.Option(
             metavar="NAME",
             rich_help_panel="Model and execution",
-            help="How attention is computed: auto, cpu or torch.",
+            help="How attention is computed: auto, cpu, torch or xformers.",
         ),
     ] = _EXECUTOR.attention_backend
+    enforce_eager: Annotated[
+        bool,
+        typer.Option(
+            rich_help_panel="Model and execution",
+            help="On a GPU, capture no CUDA graphs of steps whose shapes repeat.",
+        ),
+    ] = _EXECUTOR.enforce_eager
     max_retrieval_matrix_bytes: Annotated[
         str,
         typer.Option(
@@ -87,7 +93,7 @@ class EngineOptions:
             rich_help_panel="Model and execution",
             help="Limit of the item matrix of retrieval; 0 = candidates only.",
         ),
-    ] = _size(_EXECUTOR.max_retrieval_matrix_bytes)
+    ] = mebibytes(_EXECUTOR.max_retrieval_matrix_bytes)
     host_tier: Annotated[
         str | None,
         secret_option(
@@ -115,7 +121,7 @@ class EngineOptions:
             rich_help_panel="Host tier",
             help="Most that is read in the background to fill pages that rows got; 0 = nothing.",
         ),
-    ] = _size(_HOST_TIER.refill_bytes_per_second)
+    ] = mebibytes(_HOST_TIER.refill_bytes_per_second)
     host_link_bytes_per_second: Annotated[
         str | None,
         typer.Option(
@@ -126,13 +132,23 @@ class EngineOptions:
         ),
     ] = None
     pool_bytes: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SIZE",
             rich_help_panel="Page pool",
-            help="Size of the page pool, for instance 64MiB or 8GiB.",
+            help="Size of the page pool, for instance 8GiB; on a GPU the default is what "
+            f"--gpu-memory-utilization leaves, else {mebibytes(_POOL.pool_bytes)}.",
         ),
-    ] = _size(_POOL.pool_bytes)
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            rich_help_panel="Page pool",
+            help="Share of the GPU's memory to take, in place of --pool-bytes: the pool is what "
+            f"weights and the largest step leave of it; default: {GPU_MEMORY_UTILIZATION}.",
+        ),
+    ] = None
     emb_fraction: Annotated[
         float,
         typer.Option(
@@ -290,7 +306,7 @@ class EngineOptions:
             rich_help_panel="Limits of a request",
             help="Size of a request's body; larger ones get 413.",
         ),
-    ] = _size(_LIMITS.max_body_bytes)
+    ] = mebibytes(_LIMITS.max_body_bytes)
     max_history_events: Annotated[
         int,
         typer.Option(
@@ -336,7 +352,11 @@ class EngineOptions:
         return EngineConfig(
             model_dir=model_dir,
             pool=PoolConfig(
-                size_in_bytes("pool_bytes", self.pool_bytes), self.emb_fraction, self.block_tokens
+                _POOL.pool_bytes
+                if self.pool_bytes is None
+                else size_in_bytes("pool_bytes", self.pool_bytes),
+                self.emb_fraction,
+                self.block_tokens,
             ),
             scheduler=SchedulerConfig(
                 max_num_batched_tokens=self.max_num_batched_tokens,
@@ -351,6 +371,8 @@ class EngineOptions:
                 max_retrieval_matrix_bytes=size_in_bytes(
                     "max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes
                 ),
+                gpu_memory_utilization=self._gpu_memory_utilization(),
+                enforce_eager=self.enforce_eager,
             ),
             host_tier=HostTierConfig(
                 source=self.host_tier or _HOST_TIER.source,
@@ -389,6 +411,17 @@ class EngineOptions:
             poison_freed_memory=self.poison_freed_memory,
         )
 
+    def _gpu_memory_utilization(self) -> float | None:
+        """What there is to go by where the pool's size was not said."""
+        if self.pool_bytes is None:
+            if self.gpu_memory_utilization is not None and self.device == "cpu":
+                raise ValueError("gpu_memory_utilization: is for GPUs; pool_bytes is for cpu")
+            share = self.gpu_memory_utilization
+            return GPU_MEMORY_UTILIZATION if share is None else share
+        if self.gpu_memory_utilization is not None:
+            raise ValueError("gpu_memory_utilization: in place of pool_bytes, not beside it")
+        return None
+
     def start_logging(self) -> None:
         """Logs to stderr from the chosen level on."""
         logging.basicConfig(
@@ -409,18 +442,6 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
     @stream.setter
     def stream(self, _: TextIO) -> None:
         pass
-
-
-def size_in_bytes(field: str, text: str) -> int:
-    """What a flag says as `64MiB`.
-
-    Raises:
-        ValueError: it is no size; names the field.
-    """
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        raise ValueError(f"{field}: {text!r} is not a size such as 64MiB") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from helm_engine.entrypoints.command import CommandError
-from helm_engine.entrypoints.engine_options import size_in_bytes
 from helm_engine.entrypoints.option_groups import takes_option_groups
+from helm_engine.entrypoints.sizes import size_in_bytes
 from helm_engine.entrypoints.waiting import SlowNotice
 
 if TYPE_CHECKING:

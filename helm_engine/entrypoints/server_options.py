@@ -11,7 +11,7 @@ import typer
 
 from helm_engine.config import ServerConfig
 from helm_engine.entrypoints.api_keys import KeySet, read_key_file
-from helm_engine.entrypoints.engine_options import size_in_bytes
+from helm_engine.entrypoints.sizes import size_in_bytes
 from helm_engine.entrypoints.value_source import secret_option
 
 _SERVER, _TRACE, _KEYS = "Server", "Recorded trace", "Keys"

@@ -93,7 +93,7 @@ async def info(request: Request) -> dict[str, Any]:
         "limits": asdict(config.limits),
         "pool": asdict(config.pool),
         "layout": asdict(served.layout),
-        "memory": asdict(served.memory),
+        "memory": {**asdict(served.memory), "workspace": served.workspace},
         "scheduler": asdict(config.scheduler),
         "executor": asdict(config.executor),
         "host_tier": config.host_tier.describe(),

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from model_executor.attention.rule import AttentionRule
 from model_executor.page_arena import PagedKV
 from model_executor.paged_batch import PagedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a model and its pool ask of a backend; some backends refuse some of it at start."""
+
+    rule: AttentionRule
+    num_heads: int
+    dqk: int
+    dv: int
+    dtype: torch.dtype
+    candidates_in_sequence: bool
+    """Candidates are rows of a step."""
+    block_tokens: int
+    page_bytes: int
 
 
 class PairBias(Protocol):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from model_executor.attention.backend import AttentionBackend
+from model_executor.attention.backend import AttentionBackend, AttentionShape
 from model_executor.attention.cpu_fused import CpuFusedAttention
 from model_executor.attention.torch_reference import TorchReferenceAttention
 
@@ -17,28 +17,52 @@ AUTO = "auto"
 class _Entry(NamedTuple):
     make: Callable[[], AttentionBackend]
     devices: tuple[str, ...]
+    refusal: Callable[[AttentionShape, torch.device], str | None] | None = None
 
 
-_BACKENDS = {
-    "cpu": _Entry(CpuFusedAttention, ("cpu",)),
-    "torch": _Entry(TorchReferenceAttention, ("cpu", "cuda")),
+def _xformers() -> _Entry:
+    try:
+        from model_executor.attention.xformers_paged import XFormersAttention, refusal
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"attention_backend: 'xformers' needs the package {error.name}: "
+            "pip install 'helm-engine[gpu]'"
+        ) from error
+    return _Entry(XFormersAttention, ("cpu", "cuda"), refusal)
+
+
+_BACKENDS: dict[str, Callable[[], _Entry]] = {
+    "cpu": lambda: _Entry(CpuFusedAttention, ("cpu",)),
+    "torch": lambda: _Entry(TorchReferenceAttention, ("cpu", "cuda")),
+    "xformers": _xformers,
 }
 
 
-def attention_backend(name: str, device: torch.device) -> AttentionBackend:
+def attention_backend(
+    name: str, device: torch.device, shape: AttentionShape | None = None
+) -> AttentionBackend:
     """Makes a backend; `auto` is the fastest that there is for the device.
 
+    Args:
+        name: `auto` or that of a backend.
+        device: where it is to work.
+        shape: the model's and its pool's; None = nothing of them is checked.
+
     Raises:
-        ValueError: no backend has this name, or it does not work on the device.
+        ValueError: no backend has this name, it is not installed, or it does not work on the
+            device or for the model.
     """
     if name == AUTO:
         name = "cpu" if device.type == "cpu" else "torch"
     if name not in _BACKENDS:
         known = ", ".join([AUTO, *_BACKENDS])
         raise ValueError(f"attention_backend: {name!r} is unknown (known: {known})")
-    entry = _BACKENDS[name]
+    entry = _BACKENDS[name]()
     if device.type not in entry.devices:
         raise ValueError(
             f"attention_backend: {name!r} works on {', '.join(entry.devices)}, not on {device.type}"
         )
+    reason = None if shape is None or entry.refusal is None else entry.refusal(shape, device)
+    if reason is not None:
+        raise ValueError(f"attention_backend: {name!r} {reason}")
     return entry.make()

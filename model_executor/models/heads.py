@@ -9,11 +9,14 @@ from torch import Tensor
 from model_executor.exceptions import ModelDirectoryError
 from model_executor.host_store import HostStore
 from model_executor.models.sequence_model import RetrievalModel
+from model_executor.paged_batch import begin_to_host, to_device
 from model_executor.step import Float32Array, Int64Array, Retrieval
 
 _BUILD_CHUNK_ROWS = 65_536
 SCORES_PER_PASS = 1 << 24
 """Scores of one product at most (64 MiB of fp32): users are taken in groups."""
+_TIES = 32
+"""Items beyond those asked for, to see whether the last ones tie with others."""
 
 
 class RetrievalHead:
@@ -54,37 +57,81 @@ class RetrievalHead:
                 )
             self.matrix[first:last] = model.normalise_item(torch.from_numpy(rows).to(device, dtype))
 
-    def retrieve(
-        self, users: Tensor, tasks: list[Retrieval]
-    ) -> list[tuple[Int64Array, Float32Array]]:
-        """Best items of each user, best first.
+    def search(self, users: Tensor, tasks: list[Retrieval]) -> Search:
+        """Scores users against all items, and begins to copy their best ones to the host.
 
         Args:
             users: normalised last rows, float [B, D].
             tasks: what each user wants, B of them.
+        """
+        group = max(1, SCORES_PER_PASS // len(self.matrix))
+        found = [
+            self._best_of(users[first : first + group], tasks[first : first + group])
+            for first in range(0, len(tasks), group)
+        ]
+        return Search(self, users, tasks, found)
+
+    def scores(self, users: Tensor, tasks: list[Retrieval]) -> Tensor:
+        """Scores of all items, minus infinity where an item is excluded: float32 [B, items]."""
+        scores = (users @ self.matrix.T).float()
+        excluded = np.concatenate(
+            [place * len(self.matrix) + task.excluded_ids - 1 for place, task in enumerate(tasks)]
+        )
+        scores.view(-1).index_fill_(0, to_device(excluded, scores.device), -torch.inf)
+        return scores
+
+    def _best_of(self, users: Tensor, tasks: list[Retrieval]) -> tuple[Tensor, Tensor]:
+        most = min(len(self.matrix), max(task.top_k for task in tasks) + _TIES)
+        best, places = self.scores(users, tasks).topk(most)
+        return begin_to_host(best), begin_to_host(places)
+
+
+class Search:
+    """Best items on their way to the host."""
+
+    def __init__(
+        self,
+        head: RetrievalHead,
+        users: Tensor,
+        tasks: list[Retrieval],
+        found: list[tuple[Tensor, Tensor]],
+    ) -> None:
+        """Takes who asks for what, and scores and places, [users, best] each, of each group."""
+        self._head = head
+        self._users = users
+        self._tasks = tasks
+        self._found = found
+
+    def results(self) -> list[tuple[Int64Array, Float32Array]]:
+        """Best items of each user, best first, then by id; for when the device is done.
 
         Returns:
             For each user item ids, int64 [k], and scores, float32 [k]; k is smaller than asked
             for when the catalogue less the excluded items is.
         """
-        group = max(1, SCORES_PER_PASS // len(self.matrix))
-        results = []
-        for first in range(0, len(tasks), group):
-            scores = (users[first : first + group] @ self.matrix.T).float()
-            for row, task in zip(scores, tasks[first : first + group], strict=True):
-                results.append(self._best(row, task))
+        results: list[tuple[Int64Array, Float32Array]] = []
+        for best, places in self._found:
+            for row, where in zip(best.numpy(), places.numpy(), strict=True):
+                results.append(self._result(len(results), row, where))
         return results
 
-    def _best(self, scores: Tensor, task: Retrieval) -> tuple[Int64Array, Float32Array]:
-        excluded = torch.from_numpy(task.excluded_ids - 1).to(scores.device)
-        scores.index_fill_(0, excluded, -torch.inf)
-        k = min(task.top_k, len(scores) - len(task.excluded_ids))
+    def _result(
+        self, user: int, best: Float32Array, places: Int64Array
+    ) -> tuple[Int64Array, Float32Array]:
+        task, num_items = self._tasks[user], len(self._head.matrix)
+        k = min(task.top_k, num_items - len(task.excluded_ids))
         if k <= 0:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-        # All items that tie with the k-th, since topk picks among them as it pleases.
+        # All items that tie with the k-th are needed, since topk picks among them as it pleases.
+        # Where the last one found may tie too, more of them may lie beyond.
+        if len(best) < num_items and not best[-1] < best[k - 1]:
+            scores = self._head.scores(self._users[user : user + 1], [task])[0].cpu()
+            best, places = scores.numpy(), np.arange(num_items)
+            kth = scores.topk(k).values[-1].item()
+        else:
+            kth = best[k - 1]
         # `~(a < b)` keeps NaN, so that NaN scores are reported and not dropped.
-        indices = torch.nonzero(~(scores < scores.topk(k).values[-1])).squeeze(1)
-        item_ids = indices.cpu().numpy() + 1
-        best = scores[indices].cpu().numpy()
+        kept = ~(best < kth)
+        item_ids, best = places[kept] + 1, best[kept]
         order = np.lexsort((item_ids, -best))[:k]
         return item_ids[order], best[order]

@@ -149,7 +149,7 @@ class StuHSTU(RankingModel):
     def user_side(self, encoded: Tensor, batch: PagedBatch) -> Tensor:
         """Candidate rows combined with the time of the request, [C, D]."""
         times = batch.features[batch.num_context_rows :, QUERY_TIME]
-        angles = torch.from_numpy(_time_features(times)).to(encoded.device, encoded.dtype)
+        angles = to_device(_time_features(times), encoded.device).to(encoded.dtype)
         combined: Tensor = self.user_norm(self.time_combiner(torch.cat([encoded, angles], dim=1)))
         return combined
 

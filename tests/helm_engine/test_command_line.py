@@ -51,6 +51,11 @@ def refused(*arguments: str, **environment: str) -> str:
         (["serve", MODEL, "--port", "65536"], "--port"),
         (["serve", MODEL, "--log-level", "loud"], "--log-level"),
         (["serve", MODEL, "--emb-fraction", "1.5"], "emb_fraction"),
+        (["serve", MODEL, "--gpu-memory-utilization", "0.5"], "gpu_memory_utilization: is for"),
+        (
+            ["serve", MODEL, "--gpu-memory-utilization", "0.5", "--pool-bytes", "1GiB"],
+            "gpu_memory_utilization: in place of pool_bytes",
+        ),
         (["serve", MODEL, "--pool-bytes", "many"], "pool_bytes"),
         (["serve", MODEL, "--host-tier", "disk"], "host_tier"),
         (["serve", MODEL, "--host-tier", "redis://:pass@h:port"], "host_tier"),
@@ -97,7 +102,9 @@ def test_a_value_that_the_engine_refuses_names_its_variable_too() -> None:
         timeout=120,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "helm-engine: error: HELM_DEVICE: 'tpu' is not a torch device\n"
+    assert done.stderr == (
+        "helm-engine: error: HELM_DEVICE: 'tpu' is none of cpu, cuda, cuda:N and auto\n"
+    )
 
 
 def test_the_flag_is_blamed_where_it_overrides_the_environment() -> None:

@@ -143,11 +143,13 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "device": _TEXT,
     "dtype": st.sampled_from(["float32", "bfloat16"]),
     "attention_backend": _TEXT,
+    "enforce_eager": st.booleans(),
     "max_retrieval_matrix_bytes": _SIZE,
     "host_tier_timeout": st.floats(0.001, 1e6),
     "refill_bytes_per_second": _SIZE,
     "host_link_bytes_per_second": _SIZE,
     "pool_bytes": _SIZE,
+    "gpu_memory_utilization": st.floats(0.01, 1.0),
     "emb_fraction": st.floats(0.0, 1.0),
     "block_tokens": st.integers(1, 1024),
     "cost_profile": _PATH,
@@ -195,7 +197,7 @@ _WITHOUT_DEFAULT = {
     "served-model-name", "cost-profile", "otlp-traces-endpoint", "api-key-file", "admin-key-file",
     "max-pages-per-step", "host-link-bytes-per-second", "controller", "decision-log",
     "record-trace", "user-key-file", "hedge-ms", "kv-events-endpoint",
-    "kv-events-replay-endpoint", "engine-name",
+    "kv-events-replay-endpoint", "engine-name", "pool-bytes", "gpu-memory-utilization",
 }  # fmt: skip
 
 
@@ -232,6 +234,9 @@ def _flags(values: dict[str, Any]) -> list[str]:
 def test_a_dump_reads_back_to_the_same_configuration(model: str, values: dict[str, Any]) -> None:
     if "kv_events_endpoint" not in values:
         values.pop("kv_events_replay_endpoint", None)  # It is refused alone.
+    if "gpu_memory_utilization" in values:
+        values |= {"device": "cuda"}  # Refused on a CPU, and beside a size.
+        values.pop("pool_bytes", None)
     text = dumped("serve", *_flags(values), "--", model)
     said = tomllib.loads(text)
     assert said["model"] == str(Path(model))

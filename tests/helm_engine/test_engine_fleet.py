@@ -16,6 +16,7 @@ from helm_engine.exceptions import (
 )
 from helm_engine.protocol import parse_request
 from helm_engine.served_model import ServedModel
+from model_executor.devices import select_device
 from tests.helm_engine.fake_engines import of_version
 from tests.helm_engine.fake_fleet import Front, hold, run, settle, toy_served
 
@@ -282,4 +283,6 @@ def test_engines_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert one_of_several(config, 1, 2).executor.num_threads == 1
     gpu = replace(config, executor=replace(config.executor, device="cuda"))
-    assert one_of_several(gpu, 3, 4).executor.device == "cuda:3"
+    fourth = one_of_several(gpu, 3, 4).executor
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert select_device(fourth.device, fourth.place, fourth.num_engines).index == 3

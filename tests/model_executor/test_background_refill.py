@@ -12,6 +12,7 @@ import torch
 
 from block_manager.row_plan import RefillPlan
 from model_executor.background_refill import BackgroundRefill
+from model_executor.device_link import SharedMemoryLink
 from model_executor.exceptions import RowsUnavailableError
 from model_executor.row_loader import CHUNK_ROWS, RowLoader
 from model_executor.row_pages import RowPages
@@ -37,7 +38,7 @@ class Refills:
 
     def __init__(self) -> None:
         self.store = Store()
-        self.loader = RowLoader(self.store, 4 * WIDTH)
+        self.loader = RowLoader(self.store, 4 * WIDTH, SharedMemoryLink())
         storage = torch.full((64 * 64,), torch.nan)
         self.rows = RowPages(storage, 64, 256, WIDTH, torch.float32)
         self.refill = BackgroundRefill(self.loader, self.rows, CPU, torch.float32)

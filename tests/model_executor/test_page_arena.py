@@ -96,9 +96,12 @@ def all_row_addresses(arena: PageArena) -> Tensor:
 
 def write_all_rows(arena: PageArena, rows: Tensor) -> None:
     """To every slot of every page, then to staging."""
-    slots = all_slots(arena)
-    arena.rows.write(slots, rows[: len(slots)])
-    arena.write_staging(torch.arange(STAGING_ROWS), rows[len(slots) :])
+    slots, staging = all_slots(arena).numpy(), np.arange(STAGING_ROWS)
+    arena.access.land(all_row_addresses(arena).numpy(), slots, staging, rows)
+
+
+def read_rows(arena: PageArena, addresses: Tensor) -> Tensor:
+    return arena.access.gather(addresses.numpy(), np.arange(len(addresses)))
 
 
 def numbered(shape: torch.Size, first: int = 0) -> Tensor:
@@ -127,7 +130,7 @@ def test_no_two_rows_of_pages_and_staging_share_memory(geometry: dict[str, int])
     addresses = all_row_addresses(arena)
     rows = numbered(torch.Size([len(addresses), geometry["embedding_dim"]]))
     write_all_rows(arena, rows)
-    assert torch.equal(arena.read_rows(addresses), rows)
+    assert torch.equal(read_rows(arena, addresses), rows)
 
 
 @settings(deadline=None)
@@ -143,11 +146,10 @@ def test_rows_and_blocks_of_different_pages_share_no_memory(
     k = numbered(arena.kv.k.shape, first=rows.numel())[~of_rows]
     v = -numbered(arena.kv.v.shape, first=1)[~of_rows]
     arena.kv.k[~of_rows] = k
-    arena.rows.write(slots, rows[: len(slots)])
-    arena.write_staging(staging, rows[len(slots) :])
-    arena.kv.v[~of_rows] = v
     addresses = torch.cat([slot_addresses(arena, slots), staging_addresses(arena, staging)])
-    assert torch.equal(arena.read_rows(addresses), rows)
+    arena.access.land(addresses.numpy(), slots.numpy(), staging.numpy(), rows)
+    arena.kv.v[~of_rows] = v
+    assert torch.equal(read_rows(arena, addresses), rows)
     assert torch.equal(arena.kv.k[~of_rows], k)
     assert torch.equal(arena.kv.v[~of_rows], v)
 
@@ -209,7 +211,7 @@ def test_rows_and_blocks_of_another_dtype_fill_the_same_pages(dtype: torch.dtype
     # Whole numbers up to 256 are exact in all of them.
     rows = (numbered(torch.Size([len(addresses), 7])) % 251).to(dtype)
     write_all_rows(arena, rows)
-    assert torch.equal(arena.read_rows(addresses), rows)
+    assert torch.equal(read_rows(arena, addresses), rows)
     k = (numbered(arena.kv.k.shape) % 241).to(dtype)
     v = (numbered(arena.kv.v.shape) % 239).to(dtype)
     arena.kv.k.copy_(k)
@@ -217,7 +219,7 @@ def test_rows_and_blocks_of_another_dtype_fill_the_same_pages(dtype: torch.dtype
     assert torch.equal(arena.kv.k, k)
     assert torch.equal(arena.kv.v, v)
     arena.poison()
-    assert bool(arena.read_rows(addresses).isnan().all())
+    assert bool(read_rows(arena, addresses).isnan().all())
 
 
 # ---------------------------------------------------------------- gathers
@@ -230,7 +232,7 @@ def test_rows_are_read_in_any_order_and_more_than_once(embedding_dim: int) -> No
     rows = numbered(torch.Size([len(addresses), embedding_dim]))
     write_all_rows(arena, rows)
     wanted = torch.from_numpy(np.random.default_rng(1).integers(0, len(addresses), 50))
-    assert torch.equal(arena.read_rows(addresses[wanted]), rows[wanted])
+    assert torch.equal(read_rows(arena, addresses[wanted]), rows[wanted])
 
 
 def test_rows_are_written_to_slots_in_any_order() -> None:
@@ -239,13 +241,13 @@ def test_rows_are_written_to_slots_in_any_order() -> None:
     rows = numbered(torch.Size([len(order), 7]))
     for slot in order:
         arena.rows.write(slot.view(1), rows[slot].view(1, 7))
-    assert torch.equal(arena.read_rows(slot_addresses(arena, order)), rows[order])
+    assert torch.equal(read_rows(arena, slot_addresses(arena, order)), rows[order])
 
 
 def test_read_rows_are_copies() -> None:
     arena = make_arena()
     slot = torch.tensor([5])
-    row = arena.read_rows(slot_addresses(arena, slot))
+    row = read_rows(arena, slot_addresses(arena, slot))
     arena.rows.write(slot, torch.ones(1, 7))
     assert not row.any()
 
@@ -296,7 +298,7 @@ def test_poisoned_pages_are_nan_throughout_and_the_others_are_not_touched() -> N
 def test_poisoned_slots_are_nan_and_their_neighbours_are_not() -> None:
     arena = make_arena()
     arena.rows.poison(torch.tensor([0, 20, 89]))
-    poisoned = arena.read_rows(all_row_addresses(arena)).isnan().all(dim=1)
+    poisoned = read_rows(arena, all_row_addresses(arena)).isnan().all(dim=1)
     assert poisoned.nonzero().flatten().tolist() == [0, 20, 89]
     assert int(all_elements(arena).isnan().sum()) == 3 * 7
 

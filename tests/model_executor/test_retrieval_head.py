@@ -16,7 +16,7 @@ from model_executor.host_store import MemoryMappedTables
 from model_executor.model_config import ResearchConfig
 from model_executor.models.heads import RetrievalHead
 from model_executor.models.research import ResearchHSTU
-from model_executor.step import Retrieval
+from model_executor.step import Int64Array, Retrieval
 from tests.toy_models import read_reference, toy_config, toy_engine_config, write_toy_model
 
 NUM_ITEMS = 60
@@ -47,6 +47,12 @@ def retrieval(top_k: int, excluded: list[int] | None = None) -> Retrieval:
     return Retrieval(top_k, np.array(excluded or [], dtype=np.int64))
 
 
+def search(
+    table: Table, users: Tensor, task: Retrieval
+) -> list[tuple[Int64Array, npt.NDArray[np.float32]]]:
+    return make_head(table).search(users, [task] * len(users)).results()
+
+
 def brute_force(table: Table, user: Tensor, task: Retrieval) -> tuple[list[int], list[float]]:
     """Every item's score, one by one; best first, then by id."""
     scored = []
@@ -64,7 +70,7 @@ def test_best_items_are_those_of_brute_force(top_k: int) -> None:
     table, users = random_table(), random_users(5)
     tasks = [retrieval(top_k)] * 5
     for user, task, (ids, scores) in zip(
-        users, tasks, make_head(table).retrieve(users, tasks), strict=True
+        users, tasks, make_head(table).search(users, tasks).results(), strict=True
     ):
         want_ids, want_scores = brute_force(table, user, task)
         assert ids.tolist() == want_ids
@@ -74,7 +80,7 @@ def test_best_items_are_those_of_brute_force(top_k: int) -> None:
 def test_users_of_one_batch_each_get_what_they_asked_for() -> None:
     table, users = random_table(), random_users(3)
     tasks = [retrieval(3), retrieval(10, [1, 2, 3, 60]), retrieval(1, [*range(2, 61)])]
-    found = make_head(table).retrieve(users, tasks)
+    found = make_head(table).search(users, tasks).results()
     for user, task, (ids, _) in zip(users, tasks, found, strict=True):
         assert ids.tolist() == brute_force(table, user, task)[0]
 
@@ -86,26 +92,24 @@ def test_large_catalogue_and_many_users_are_searched_to_their_ends() -> None:
     users = random_users(num_users)
     planted = [num_items - 280 * place for place in range(num_users)]
     table[planted] = 5.0 * users.numpy()
-    found = make_head(table).retrieve(users, [retrieval(1)] * num_users)
+    found = make_head(table).search(users, [retrieval(1)] * num_users).results()
     assert [ids.tolist() for ids, _ in found] == [[item] for item in planted]
 
 
 def test_catalogue_smaller_than_asked_for_is_returned_whole() -> None:
-    ((ids, _),) = make_head(random_table()).retrieve(random_users(1), [retrieval(1000, [5])])
+    ((ids, _),) = search(random_table(), random_users(1), retrieval(1000, [5]))
     assert sorted(ids.tolist()) == [item for item in range(1, 61) if item != 5]
 
 
 def test_nothing_is_found_where_everything_is_excluded() -> None:
-    ((ids, scores),) = make_head(random_table()).retrieve(
-        random_users(1), [retrieval(4, [*range(1, 61)])]
-    )
+    ((ids, scores),) = search(random_table(), random_users(1), retrieval(4, [*range(1, 61)]))
     assert (ids.tolist(), scores.tolist()) == ([], [])
 
 
 def test_item_without_a_direction_scores_zero() -> None:
     table = random_table()
     table[9] = 0.0
-    ((ids, scores),) = make_head(table).retrieve(random_users(1), [retrieval(NUM_ITEMS)])
+    ((ids, scores),) = search(table, random_users(1), retrieval(NUM_ITEMS))
     assert scores[ids.tolist().index(9)] == 0.0
 
 
@@ -113,7 +117,7 @@ def test_items_with_equal_scores_come_in_order_of_their_ids() -> None:
     # Of unit vectors along one axis, so that no order of summation rounds the scores apart.
     table, user = random_table(), torch.eye(DIM)[:1]
     table[[50, 4, 23]] = 3.0 * np.eye(DIM, dtype=np.float32)[0]
-    ((ids, scores),) = make_head(table).retrieve(user, [retrieval(NUM_ITEMS)])
+    ((ids, scores),) = search(table, user, retrieval(NUM_ITEMS))
     assert ids[:3].tolist() == [4, 23, 50]
     assert scores[:3].tolist() == [1.0, 1.0, 1.0]
 
@@ -121,8 +125,32 @@ def test_items_with_equal_scores_come_in_order_of_their_ids() -> None:
 def test_of_items_with_equal_scores_those_with_the_lowest_ids_are_found() -> None:
     table = random_table()
     table[1:] = 0.0
-    ((ids, _),) = make_head(table).retrieve(random_users(1), [retrieval(5)])
+    ((ids, _),) = search(table, random_users(1), retrieval(5))
     assert ids.tolist() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("num_ties", [20, 33, 55])
+def test_ties_beyond_the_items_asked_for_are_found_however_many(num_ties: int) -> None:
+    # Of 60 items 10 + 32 are looked at; the ties are of the 5th place and lie anywhere.
+    table, user = random_table(), torch.eye(DIM)[:1]
+    table[1:, 0] = -1.0
+    axis = np.eye(DIM, dtype=np.float32)[0]
+    order = np.random.default_rng(0).permutation(np.arange(1, 61))
+    best, tied = order[:4], order[4 : 4 + num_ties]
+    table[tied] = axis
+    table[best] = axis
+    head = make_head(table)
+    head.matrix[best - 1] *= 2.0
+    ((ids, scores),) = head.search(user, [retrieval(10)]).results()
+    assert ids.tolist() == [*sorted(best), *sorted(tied)[:6]]
+    assert scores.tolist() == [2.0] * 4 + [1.0] * 6
+
+
+def test_a_score_that_is_no_number_is_reported() -> None:
+    head = make_head(random_table())
+    head.matrix[8] = torch.nan
+    ((ids, scores),) = head.search(random_users(1), [retrieval(10)]).results()
+    assert ids[-1] == 9 and np.isnan(scores[-1])
 
 
 def test_matrix_of_exactly_the_limit_is_built() -> None:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from block_manager.refill import TrafficClass
+from model_executor.device_link import SharedMemoryLink
 from model_executor.exceptions import RowsUnavailableError
 from model_executor.row_loader import CHUNK_BYTES, LandedRows, RowLoader
 
@@ -57,7 +59,7 @@ def store() -> Store:
 
 @pytest.fixture
 def loader(store: Store) -> Iterator[RowLoader]:
-    loader = RowLoader(store, ROW_BYTES)
+    loader = RowLoader(store, ROW_BYTES, SharedMemoryLink())
     yield loader
     for gate in store.gates.values():
         gate.set()
@@ -66,6 +68,25 @@ def loader(store: Store) -> Iterator[RowLoader]:
 
 def ids(*row_ids: int) -> npt.NDArray[np.int64]:
     return np.array(row_ids, dtype=np.int64)
+
+
+def load(loader: RowLoader, row_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """What the loader lands for a step."""
+    found = np.full((len(row_ids), TABLE.shape[1]), np.nan, dtype=np.float32)
+
+    def land(first: int, rows: torch.Tensor) -> None:
+        found[first : first + len(rows)] = rows.numpy()
+
+    loader.load(row_ids, land)
+    return found
+
+
+def landed_rows(landed: LandedRows) -> npt.NDArray[np.float32]:
+    """The rows of a part of a refill, which must have come."""
+    assert landed.rows is not None
+    found: list[npt.NDArray[np.float32]] = []
+    landed.rows.land(lambda _, rows: found.append(rows.numpy()))
+    return found[0]
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -81,15 +102,15 @@ def all_landed(loader: RowLoader) -> list[LandedRows]:
 
 
 def test_demand_reads_are_the_stores_rows_and_counted(loader: RowLoader) -> None:
-    np.testing.assert_array_equal(loader.load(ids(3, 1, 3)), TABLE[[3, 1, 3]])
-    loader.load(ids(7))
+    np.testing.assert_array_equal(load(loader, ids(3, 1, 3)), TABLE[[3, 1, 3]])
+    load(loader, ids(7))
     assert [loader.traffic.num_bytes(one) for one in TrafficClass] == [64, 0, 0]
 
 
 def test_a_demand_read_that_fails_is_counted_and_said(loader: RowLoader, store: Store) -> None:
     store.failing = lambda row_ids: RowsUnavailableError("gone")
     with pytest.raises(RowsUnavailableError, match="gone"):
-        loader.load(ids(3))
+        load(loader, ids(3))
     assert loader.traffic.num_failures(DEMAND) == 1
     assert loader.traffic.num_bytes(DEMAND) == 0
 
@@ -106,7 +127,7 @@ def test_every_row_of_a_refill_lands_once_in_order_or_with_an_error(
     store.failing = lambda row_ids: (
         RowsUnavailableError("broken") if broken & set(row_ids.tolist()) else None
     )
-    loader = RowLoader(store, ROW_BYTES, chunk_rows)
+    loader = RowLoader(store, ROW_BYTES, SharedMemoryLink(), chunk_rows)
     num_bytes = 0
     for wanted in refills:
         loader.start_refill(ids(*wanted))
@@ -119,7 +140,7 @@ def test_every_row_of_a_refill_lands_once_in_order_or_with_an_error(
                 assert len(landed) - place <= 2
             else:
                 assert one.error is None and len(one.row_ids) <= chunk_rows
-                np.testing.assert_array_equal(one.rows, TABLE[one.row_ids])
+                np.testing.assert_array_equal(landed_rows(one), TABLE[one.row_ids])
                 num_bytes += one.rows.nbytes
         if not broken & set(wanted):
             assert all(one.rows is not None for one in landed)
@@ -132,7 +153,7 @@ def test_no_chunk_is_begun_while_a_demand_read_is_in_progress(
     loader: RowLoader, store: Store
 ) -> None:
     held_up = store.hold("demand")
-    demand = threading.Thread(target=loader.load, args=(ids(1),))
+    demand = threading.Thread(target=load, args=(loader, ids(1)))
     demand.start()
     assert held_up.wait(WAIT_SECONDS)
     loader.start_refill(np.arange(200))
@@ -151,7 +172,7 @@ def test_a_demand_read_does_not_wait_for_the_chunk_that_is_being_read(
     held_up = store.hold("refill")
     loader.start_refill(np.arange(200))
     assert held_up.wait(WAIT_SECONDS)
-    np.testing.assert_array_equal(loader.load(ids(5)), TABLE[[5]])
+    np.testing.assert_array_equal(load(loader, ids(5)), TABLE[[5]])
     assert store.reads == [("refill", 64), ("demand", 1)]
     store.gates["refill"].set()
     assert [len(one.row_ids) for one in all_landed(loader)] == [64, 64, 64, 8]
@@ -159,7 +180,7 @@ def test_a_demand_read_does_not_wait_for_the_chunk_that_is_being_read(
 
 @pytest.mark.parametrize(("row_bytes", "rows"), [(16, 64), (8192, 32), (CHUNK_BYTES * 2, 1)])
 def test_chunks_are_bounded_in_rows_and_bytes(store: Store, row_bytes: int, rows: int) -> None:
-    loader = RowLoader(store, row_bytes)
+    loader = RowLoader(store, row_bytes, SharedMemoryLink())
     loader.start_refill(np.arange(64))
     all_landed(loader)
     loader.close()
@@ -187,10 +208,10 @@ def test_whatever_goes_wrong_in_a_refill_lands_and_the_next_one_works(
     assert all("a bug" in str(one.error) for one in landed)
     assert loader.traffic.num_failures(REFILL) == 2
     store.failing = lambda row_ids: None
-    np.testing.assert_array_equal(loader.load(ids(9)), TABLE[[9]])
+    np.testing.assert_array_equal(load(loader, ids(9)), TABLE[[9]])
     loader.start_refill(ids(8))
     (one,) = all_landed(loader)
-    np.testing.assert_array_equal(one.rows, TABLE[[8]])
+    np.testing.assert_array_equal(landed_rows(one), TABLE[[8]])
 
 
 def test_rows_asked_for_may_be_changed_afterwards(loader: RowLoader, store: Store) -> None:
@@ -203,7 +224,7 @@ def test_rows_asked_for_may_be_changed_afterwards(loader: RowLoader, store: Stor
 
 
 def test_a_closed_loader_reads_no_further_chunk(store: Store) -> None:
-    loader = RowLoader(store, ROW_BYTES)
+    loader = RowLoader(store, ROW_BYTES, SharedMemoryLink())
     held_up = store.hold("refill")
     loader.start_refill(np.arange(200))
     assert held_up.wait(WAIT_SECONDS)
@@ -220,7 +241,7 @@ def test_a_closed_loader_reads_no_further_chunk(store: Store) -> None:
 
 def test_a_loader_that_never_refills_has_no_thread(store: Store) -> None:
     before = threading.active_count()
-    loader = RowLoader(store, ROW_BYTES)
-    loader.load(ids(1))
+    loader = RowLoader(store, ROW_BYTES, SharedMemoryLink())
+    load(loader, ids(1))
     assert threading.active_count() == before
     loader.close()
