@@ -86,6 +86,8 @@ setup(
         "parquet": ["pyarrow>=16"],
         "train": ["stable-baselines3>=2.7", "gymnasium>=1.1"],
         "redis": ["redis[hiredis]>=6.0"],
+        # One minor version: the request router's API is alpha.
+        "ray": ["ray[serve,data]>=2.60,<2.61"],
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",

@@ -54,6 +54,11 @@ class SchedulerConfig:
         if not self.patience_ms >= 0.0:
             raise ValueError(f"patience_ms: must be at least 0, not {self.patience_ms}")
 
+    @property
+    def max_num_held(self) -> int:
+        """Requests that may run and wait together."""
+        return self.max_num_seqs + self.max_num_waiting
+
 
 @dataclass(frozen=True, slots=True)
 class ExecutorConfig:

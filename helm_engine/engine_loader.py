@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -136,6 +136,8 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     )
     control = build_control(config.controller, scheduler, clock.now())
     residency = _tell_residency(config, scheduler)
+    if residency is not None:
+        served = replace(served, config=replace(config, residency=residency.config))
     core = EngineCore(scheduler, runner, clock, control, residency)
     return LoadedEngine(served, runner, processor, core, residency)
 
