@@ -38,7 +38,7 @@ from helm_engine.ray_replica import ReplicaReport
 from helm_engine.remote_messages import SubmitRequest, heard
 from helm_engine.request import Request
 from helm_engine.served_model import ServedModel
-from router.ray_serve import RoutedCall
+from router.routed_call import RoutedCall
 
 logger = logging.getLogger(__name__)
 

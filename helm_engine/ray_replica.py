@@ -23,7 +23,7 @@ from helm_engine.engine_stats import EngineStats
 from helm_engine.exceptions import EngineUnavailableError, HelmError
 from helm_engine.remote_messages import SubmitRequest
 from helm_engine.served_model import ServedModel
-from router.ray_serve import RoutingStats
+from router.routed_call import RoutingStats
 
 logger = logging.getLogger(__name__)
 

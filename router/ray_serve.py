@@ -4,106 +4,21 @@ A replica is an engine. Ray says who is there, and each replica says in its rout
 publishes what it holds and how far it has come; what it holds comes over ZeroMQ. A request knows
 its work in the process that routes it, and only its bytes travel.
 
-The API that this is written to (`ray.serve.request_router`, Ray 2.60) is alpha.
+The API that this is written to (`ray.serve.request_router`, Ray 2.60) is alpha. Ray copies this
+module by value into each process that routes, so it holds the router alone.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import msgspec
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from router.cost import EngineCosts, Work
 from router.dispatcher import Assignment, Dispatcher, NoEngineError, Outcome
-from router.event_subscriber import EventSubscriber
-
-
-class RoutingStats(TypedDict):
-    """What a replica's `record_routing_stats` returns."""
-
-    endpoint: str | None
-    """ZeroMQ address of its events; None = it publishes nothing."""
-    replay_endpoint: str | None
-    sequence: int
-    """KV event batches that it has published."""
-
-
-class RouterOptions(msgspec.Struct, frozen=True):
-    """What a deployment says to its routers, as JSON values: see `as_kwargs`."""
-
-    policy: str
-    """Name in `router.policies.POLICIES`."""
-    costs: EngineCosts
-    """Of every replica."""
-    num_rows: int
-    """Of the catalogue."""
-    num_positions: int
-    """Of the replicas' row digests; 0 = they send none."""
-    seed: int | None = None
-    """Of the choice among equals; None = another one in each process."""
-
-    def as_kwargs(self) -> dict[str, Any]:
-        """The `request_router_kwargs` of a `RequestRouterConfig`."""
-        return {"options": msgspec.to_builtins(self)}
-
-
-class RoutedCall:
-    """The argument of a call that is to be routed by its work; a replica gets its frames alone."""
-
-    def __init__(self, work: Work, frames: Sequence[bytes]) -> None:
-        """Takes what the call costs, and what the replica is sent."""
-        self.work = work
-        self.frames = list(frames)
-        self.tried: set[str] = set()
-        """Replicas that were given it; they get it again only when there are no others."""
-        self._assignment: Assignment | None = None
-        self._router: DispatcherRouter | None = None
-
-    def __reduce__(self) -> tuple[type[list[bytes]], tuple[list[bytes]]]:
-        return list, (self.frames,)
-
-    @property
-    def replica(self) -> str | None:
-        """Unique id of the replica that it was given to last; None = it was not routed yet."""
-        return None if self._assignment is None else self._assignment.engine
-
-    def sent(self, router: DispatcherRouter, assignment: Assignment) -> None:
-        """A router has given it to a replica; one that had it before did not take it."""
-        self.abandoned()
-        self._router, self._assignment = router, assignment
-        self.tried.add(assignment.engine)
-
-    def finished(self, **outcome: Unpack[Outcome]) -> None:
-        """It was answered; see `Dispatcher.finished` for what may be told."""
-        if self._router is not None and self._assignment is not None:
-            self._router.finished(self._assignment, **outcome)
-
-    def failed(self) -> None:
-        """The replica failed it."""
-        if self._router is not None and self._assignment is not None:
-            self._router.failed(self._assignment)
-
-    def abandoned(self) -> None:
-        """It ended without telling anything of the replica."""
-        if self._router is not None and self._assignment is not None:
-            self._router.abandoned(self._assignment)
-
-
-@dataclass(slots=True)
-class _Followed:
-    """A replica, and who listens to it."""
-
-    subscriber: EventSubscriber | None = None
-    stats: dict[str, Any] = field(default_factory=dict)
-
-    def close(self) -> None:
-        if self.subscriber is not None:
-            self.subscriber.close()
+from router.routed_call import FollowedReplica, RoutedCall, RouterOptions
 
 
 class DispatcherRouter(RequestRouter):
@@ -119,7 +34,7 @@ class DispatcherRouter(RequestRouter):
         # Ray's thread routes, and callers say from theirs how it ended.
         self._lock = Lock()
         self._dispatcher = Dispatcher(self._options.policy, self._options.seed)
-        self._followed: dict[str, _Followed] = {}
+        self._followed: dict[str, FollowedReplica] = {}
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -136,7 +51,8 @@ class DispatcherRouter(RequestRouter):
         for name, replica in present.items():
             if name not in self._followed:
                 self._join(name)
-            self._follow(name, replica.routing_stats or {})
+            if replica.routing_stats:
+                self._followed[name].follow(replica.routing_stats)
         super().update_replicas(replicas)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
@@ -153,7 +69,7 @@ class DispatcherRouter(RequestRouter):
                 num_rows=options.num_rows,
                 num_positions=options.num_positions,
             )
-        self._followed[name] = _Followed()
+        self._followed[name] = FollowedReplica(name, self._dispatcher.residency)
 
     def _leave(self, name: str) -> None:
         """Forgets a replica and all that it held."""
@@ -163,25 +79,6 @@ class DispatcherRouter(RequestRouter):
         followed.close()
         with self._lock:
             self._dispatcher.remove_engine(name)
-
-    def _follow(self, name: str, stats: dict[str, Any]) -> None:
-        """Listens where a replica publishes; asks for everything where batches were missed."""
-        followed = self._followed[name]
-        endpoint = stats.get("endpoint")
-        if endpoint is None:
-            return
-        if followed.stats.get("endpoint") != endpoint:
-            followed.close()
-            followed.subscriber = EventSubscriber(
-                name, endpoint, stats.get("replay_endpoint"), self._dispatcher.residency
-            )
-        # Batches of one period ago have had time to come.
-        elif (
-            followed.subscriber is not None
-            and followed.subscriber.num_kv_batches < followed.stats["sequence"]
-        ):
-            followed.subscriber.resync()
-        followed.stats = stats
 
     # ---------------------------------------------------------------- requests
 

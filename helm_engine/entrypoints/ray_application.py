@@ -31,7 +31,8 @@ from helm_engine.ray_replica import EngineReplica
 from model_executor.checkpoint import load_config
 from model_executor.cost_profile import load_cost_profile
 from router.policies import policy_named
-from router.ray_serve import DispatcherRouter, RouterOptions
+from router.ray_serve import DispatcherRouter
+from router.routed_call import RouterOptions
 
 ENGINE = "engine"
 """Name of the deployment whose replicas are the engines."""
