@@ -52,7 +52,7 @@ _GONE = (RayError, RayServeException)
 class RayClient:
     """The replicas, as the cores of one model version."""
 
-    def __init__(self, handle: DeploymentHandle, served: ServedModel) -> None:
+    def __init__(self, handle: DeploymentHandle[Any], served: ServedModel) -> None:
         """Takes the deployment and what its replicas serve."""
         self._handle = handle
         self._recommend = handle.recommend
@@ -154,7 +154,7 @@ class RayClient:
         try:
             return self._decoder.decode(await response)
         except asyncio.CancelledError:
-            response.cancel()
+            response.cancel()  # type: ignore[no-untyped-call]
             raise
 
     # ---------------------------------------------------------------- all replicas
@@ -211,7 +211,9 @@ class RayClient:
 class RayEngines:
     """A place in the fleet for all replicas of one deployment."""
 
-    def __init__(self, handle: DeploymentHandle, user_key: bytes, start_seconds: float) -> None:
+    def __init__(
+        self, handle: DeploymentHandle[Any], user_key: bytes, start_seconds: float
+    ) -> None:
         """Asks nobody yet.
 
         Args:
@@ -332,7 +334,7 @@ class RayEngines:
         return True
 
 
-async def ask_all(handle: DeploymentHandle, method: str, *arguments: Any) -> list[Any]:
+async def ask_all(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> list[Any]:
     """What the replicas answer to a call, in no order; those that are gone are left out."""
     try:
         response = handle.broadcast(method, *arguments)

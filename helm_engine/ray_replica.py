@@ -42,7 +42,7 @@ class ReplicaReport:
 class EngineReplica:
     """Runs one engine core and passes requests on to it."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self,
         config: EngineConfig,
         hang_seconds: float,

@@ -18,19 +18,19 @@ import msgspec
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from router.dispatcher import Assignment, Dispatcher, NoEngineError, Outcome
-from router.routed_call import FollowedReplica, RoutedCall, RouterOptions
+from router.routed_call import FollowedReplica, RoutedCall, RouterOptions, RoutingStats
 
 
 class DispatcherRouter(RequestRouter):
     """Routes calls whose only argument is a `RoutedCall`; others go to any replica."""
 
-    def initialize_state(self, options: dict[str, Any]) -> None:
-        """Called by Ray Serve with the deployment's `request_router_kwargs`.
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Called by Ray Serve with `RouterOptions.as_kwargs` of the deployment.
 
         Raises:
             ValueError: a value is one that no router has.
         """
-        self._options = msgspec.convert(options, RouterOptions)
+        self._options = msgspec.convert(kwargs, RouterOptions)
         # Ray's thread routes, and callers say from theirs how it ended.
         self._lock = Lock()
         self._dispatcher = Dispatcher(self._options.policy, self._options.seed)
@@ -52,7 +52,7 @@ class DispatcherRouter(RequestRouter):
             if name not in self._followed:
                 self._join(name)
             if replica.routing_stats:
-                self._followed[name].follow(replica.routing_stats)
+                self._followed[name].follow(msgspec.convert(replica.routing_stats, RoutingStats))
         super().update_replicas(replicas)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:

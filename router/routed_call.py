@@ -58,7 +58,8 @@ class RouterOptions(msgspec.Struct, frozen=True):
 
     def as_kwargs(self) -> dict[str, Any]:
         """The `request_router_kwargs` of a `RequestRouterConfig`."""
-        return {"options": msgspec.to_builtins(self)}
+        kwargs: dict[str, Any] = msgspec.to_builtins(self)
+        return kwargs
 
 
 class RoutedCall:

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from helm_engine.config import EngineConfig, ServerConfig
@@ -44,15 +43,15 @@ _START_ATTEMPTS = 3
 _HELD_BY_FRONT = 1 << 16
 """Requests that Ray Serve may hand to a front at once: the front itself refuses what is too much,
 with 429 and before the body is read."""
-# Places that are not of this machine: what `ServerOptions` says of them is Ray Serve's business.
 _NOT_OF_AN_APPLICATION = ("host", "port", "ray", "ray_address")
+_Group = TypeVar("_Group", EngineOptions, ServerOptions, FleetOptions, RayOptions)
 
 
 class RayFront:
     """A process that speaks HTTP, hashes requests and routes them to replicas."""
 
-    async def __init__(
-        self, config: EngineConfig, server: ServerConfig, engines: DeploymentHandle
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: EngineConfig, server: ServerConfig, engines: DeploymentHandle[Any]
     ) -> None:
         """Waits until an engine is ready.
 
@@ -97,7 +96,6 @@ def build_application(
     )
     server = replace(server, fleet=replace(fleet, user_key=fleet.user_key or new_user_key()))
     engines = serve.deployment(
-        EngineReplica,
         name=ENGINE,
         num_replicas=fleet.num_engines,
         max_ongoing_requests=config.scheduler.max_num_held,
@@ -105,24 +103,23 @@ def build_application(
             "num_cpus": options.ray_cpus or 1,
             "num_gpus": 1 if config.executor.device == "cuda" else 0,
         },
-        request_router_config=RequestRouterConfig(
-            request_router_class=DispatcherRouter,
-            request_router_kwargs=router.as_kwargs(),
-            request_routing_stats_period_s=_STATS_SECONDS,
-        ),
+        request_router_config={
+            "request_router_class": DispatcherRouter,
+            "request_router_kwargs": router.as_kwargs(),
+            "request_routing_stats_period_s": _STATS_SECONDS,
+        },
         health_check_period_s=_HEALTH_SECONDS,
         graceful_shutdown_timeout_s=server.shutdown_timeout,
         max_constructor_retry_count=_START_ATTEMPTS,
-    )
+    )(EngineReplica)
     fronts = serve.deployment(
-        serve.ingress()(RayFront),
         name="front",
         num_replicas=options.ray_fronts,
         max_ongoing_requests=_HELD_BY_FRONT,
         ray_actor_options={"num_cpus": 1},
         graceful_shutdown_timeout_s=server.shutdown_timeout,
         max_constructor_retry_count=_START_ATTEMPTS,
-    )
+    )(serve.ingress()(RayFront))
     return fronts.bind(
         config,
         server,
@@ -148,10 +145,8 @@ def application(args: Mapping[str, Any]) -> Application:
     if "model" not in left:
         raise ValueError("model: must be given")
     model = Path(left.pop("model"))
-    engine, server, fleet, options = (
-        group(**{one.name: left.pop(one.name) for one in fields(group) if one.name in left})
-        for group in (EngineOptions, ServerOptions, FleetOptions, RayOptions)
-    )
+    engine, server = _options(EngineOptions, left), _options(ServerOptions, left)
+    fleet, options = _options(FleetOptions, left), _options(RayOptions, left)
     if left:
         raise ValueError(f"{', '.join(left)}: is no flag of helm-engine serve")
     return build_application(
@@ -159,3 +154,9 @@ def application(args: Mapping[str, Any]) -> Application:
         replace(server.resolve(), fleet=fleet.resolve()),
         replace(options, ray=True),
     )
+
+
+def _options(group: type[_Group], left: dict[str, Any]) -> _Group:
+    """Takes a group's values out of what is left."""
+    names = [field.name for field in fields(group)]
+    return group(**{name: left.pop(name) for name in names if name in left})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -13,6 +14,7 @@ from dataclasses import replace
 import ray
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
+from ray.serve.schema import LoggingConfig
 
 from helm_engine.config import EngineConfig, ServerConfig
 from helm_engine.entrypoints.ray_application import ENGINE, build_application
@@ -48,7 +50,7 @@ def own_ray(num_cpus: int) -> Iterator[None]:
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     try:
         yield
@@ -59,7 +61,7 @@ def own_ray(num_cpus: int) -> Iterator[None]:
 @contextmanager
 def _other_ray(address: str) -> Iterator[None]:
     """A connection to a Ray that is there already."""
-    ray.init(address, log_to_driver=False, logging_level="WARNING")
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
@@ -104,8 +106,9 @@ def serve(
         try:
             # Where Serve runs already, it keeps its own address.
             host, port = address
-            ray_serve.start(http_options=HTTPOptions(host=host, port=port))
-            ray_serve.run(application, name=APPLICATION)
+            quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+            ray_serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
+            ray_serve.run(application, name=APPLICATION, logging_config=quiet)
             engines = ray_serve.get_deployment_handle(ENGINE, APPLICATION)
             announce(engines.describe.remote().result(), number)
             while True:
