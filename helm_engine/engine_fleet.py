@@ -457,6 +457,7 @@ def _description(post: Post) -> dict[str, Any]:
         "reason": post.refused,
         "model": served.name,
         "model_version": served.version,
+        "cores": post.engine.num_cores,
         "in_flight": post.engine.client.num_in_flight,
         "requests": post.num_requests,
     }

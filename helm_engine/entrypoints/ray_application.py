@@ -76,13 +76,13 @@ def build_application(
     Args:
         config: of each engine; its paths must be there on every node.
         server: of each front; without a user key one is made.
-        options: how much there is of both.
+        options: cores of each engine.
 
     Raises:
         ValueError: the model or a setting cannot be served.
         OSError: a file cannot be read.
     """
-    options.check(config, server)
+    options.check_server(config, server)
     fleet = server.fleet
     policy = policy_named(fleet.policy)
     num_rows = load_config(config.model_dir).num_rows
@@ -114,7 +114,7 @@ def build_application(
     )(EngineReplica)
     fronts = serve.deployment(
         name="front",
-        num_replicas=options.ray_fronts,
+        num_replicas=fleet.num_fronts,
         max_ongoing_requests=_HELD_BY_FRONT,
         ray_actor_options={"num_cpus": 1},
         graceful_shutdown_timeout_s=server.shutdown_timeout,

@@ -1,4 +1,4 @@
-"""The flags of a server whose engines are replicas of Ray Serve."""
+"""The flags of commands that run engines on Ray."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from helm_engine.config import EngineConfig, FleetConfig, ServerConfig
 
 _PANEL = "Ray"
+_ANYWHERE = "who would write the file may run on any node"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,8 @@ class RayOptions:
         typer.Option(
             "--ray",
             rich_help_panel=_PANEL,
-            help="Run the engines as replicas of Ray Serve (extra ray), on a Ray of this command's "
-            "own unless --ray-address names another.",
+            help="Run the engines on Ray (extra ray), one of this command's own unless "
+            "--ray-address names another.",
         ),
     ] = False
     ray_address: Annotated[
@@ -42,50 +43,52 @@ class RayOptions:
             help="Cores of each engine; default: those of this machine shared evenly.",
         ),
     ] = None
-    ray_fronts: Annotated[
-        int,
-        typer.Option(
-            metavar="FRONTS",
-            min=1,
-            rich_help_panel=_PANEL,
-            help="Processes that speak HTTP and route; each learns what engines hold by itself.",
-        ),
-    ] = 1
 
-    def check(self, config: EngineConfig, server: ServerConfig) -> None:
-        """Refuses what does not go with Ray.
+    def check(self, config: EngineConfig) -> None:
+        """Refuses what does not go with Ray, or without it.
 
         Raises:
             ValueError: names the field.
         """
         if not self.ray:
             if self != RayOptions():
-                raise ValueError("ray_address, ray_cpus and ray_fronts: need --ray")
+                raise ValueError("ray_address and ray_cpus: need --ray")
             return
-        fleet, defaults = server.fleet, FleetConfig()
-        residency = config.residency
-        for field, is_given, reason in (
-            ("engine", bool(fleet.remote), "Ray's replicas are the engines"),
-            ("num_engines", fleet.num_engines < 1, "must be at least 1"),
-            ("hedge_ms", fleet.hedge_ms is not None, "requests go to one replica at a time"),
-            (
-                "suspect_timeout",
-                fleet.suspect_timeout != defaults.suspect_timeout,
-                "Ray Serve checks the replicas",
-            ),
-            ("kv_events_endpoint", residency.endpoint is not None, "replicas have their own"),
-            ("engine_name", residency.engine_name is not None, "replicas have names of their own"),
-            ("record_trace", server.record_trace is not None, "fronts may run on any node"),
-            (
-                "decision_log",
-                config.controller.decision_log is not None,
-                "replicas may run on any node",
-            ),
-        ):
-            if is_given:
-                raise ValueError(f"{field}: does not go with --ray: {reason}")
         if config.executor.device not in ("cpu", "cuda"):
             raise ValueError(
                 f"device: {config.executor.device!r} does not go with --ray, which gives each "
-                "replica a GPU of its own: say cuda"
+                "engine a GPU of its own: say cuda"
             )
+        _refuse("decision_log", config.controller.decision_log is not None, _ANYWHERE)
+
+    def check_server(self, config: EngineConfig, server: ServerConfig) -> None:
+        """Likewise for a server.
+
+        Raises:
+            ValueError: names the field.
+        """
+        self.check(config)
+        fleet, residency = server.fleet, config.residency
+        if not self.ray:
+            if fleet.num_fronts > 1:
+                raise ValueError("num_fronts: needs --ray")
+            return
+        for field, is_given, reason in (
+            ("engine", bool(fleet.remote), "its replicas are the engines"),
+            ("num_engines", fleet.num_engines < 1, "there must be one at least"),
+            ("hedge_ms", fleet.hedge_ms is not None, "a request goes to one replica at a time"),
+            (
+                "suspect_timeout",
+                fleet.suspect_timeout != FleetConfig().suspect_timeout,
+                "Ray Serve checks the replicas",
+            ),
+            ("kv_events_endpoint", residency.endpoint is not None, "replicas have their own"),
+            ("engine_name", residency.engine_name is not None, "replicas have their own"),
+            ("record_trace", server.record_trace is not None, _ANYWHERE),
+        ):
+            _refuse(field, is_given, reason)
+
+
+def _refuse(field: str, is_given: bool, reason: str) -> None:
+    if is_given:
+        raise ValueError(f"{field}: does not go with --ray: {reason}")

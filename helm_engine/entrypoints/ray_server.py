@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
-import ray
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
@@ -20,52 +15,10 @@ from helm_engine.config import EngineConfig, ServerConfig
 from helm_engine.entrypoints.ray_application import ENGINE, build_application
 from helm_engine.entrypoints.ray_options import RayOptions
 from helm_engine.fleet_members import num_cores
+from helm_engine.ray_session import ray_session
 from helm_engine.served_model import ServedModel
 
 APPLICATION = "helm-engine"
-OBJECT_STORE_BYTES = 256 << 20
-"""Of a Ray of our own: requests are small, and none stays."""
-
-
-@contextmanager
-def own_ray(num_cpus: int) -> Iterator[None]:
-    """A Ray of one node for as long as this lasts, which asks whoever reaches it for a token.
-
-    Ray would write the token into the home directory. Unless the operator has said where it is, or
-    that there is to be none, it is made here and known to the processes of this Ray alone. Ray
-    itself turns authentication on then; a variable set now would come too late for that, and a
-    token is read once, so that both stay for the life of this process.
-
-    Args:
-        num_cpus: cores that replicas may ask for; they need not be there.
-    """
-    if (
-        not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-        and os.environ.get("RAY_AUTH_MODE") != "disabled"
-    ):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    ray.init(
-        "local",
-        num_cpus=num_cpus,
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _other_ray(address: str) -> Iterator[None]:
-    """A connection to a Ray that is there already."""
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def serve(
@@ -94,12 +47,8 @@ def serve(
     if own and options.ray_cpus is None:
         options = replace(options, ray_cpus=max(1, num_cores() // number))
     application = build_application(config, server, options)
-    running: AbstractContextManager[None]
-    if options.ray_address is None:
-        running = own_ray(number * (options.ray_cpus or 1) + options.ray_fronts)
-    else:
-        running = _other_ray(options.ray_address)
-    with running:
+    num_cpus = number * (options.ray_cpus or 1) + server.fleet.num_fronts
+    with ray_session(options.ray_address, num_cpus):
         # Ray has set handlers of its own.
         for one in (signal.SIGTERM, signal.SIGINT):
             signal.signal(one, lambda *_: sys.exit(0))

@@ -55,7 +55,7 @@ def serve(
     try:
         config = options.resolve(model)
         front = replace(server.resolve(), fleet=fleet.resolve())
-        ray.check(config, front)
+        ray.check_server(config, front)
         bound = http_server.open_socket(host, port)
     except ValueError as error:
         raise CommandError(str(error)) from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from router.dispatcher import EXPECTED_FOR_S
 from tests.e2e.running_server import RunningServer, running_server
@@ -83,6 +84,20 @@ def replicas(server: RunningServer) -> set[int]:
     }
 
 
+def cores(server: RunningServer) -> int:
+    (replicas_together,) = server.get("/info").json()["engines"]
+    return int(replicas_together["cores"])
+
+
+def restarts(server: RunningServer) -> float:
+    return next(
+        sample.value
+        for family in text_string_to_metric_families(server.get("/metrics").text)
+        for sample in family.samples
+        if sample.name == "helm:engine_restarts_total"
+    )
+
+
 def until(condition: Any, what: str) -> None:
     stop_waiting = time.monotonic() + WAIT_SECONDS
     while not condition():
@@ -144,4 +159,4 @@ def test_a_killed_replica_is_replaced_and_forgotten(server: RunningServer) -> No
     assert all(cached_tokens(server, user) > 0 for user in lost)
     until(lambda: len(replicas(server)) == REPLICAS, "the replica is not replaced")
     assert killed not in replicas(server)
-    until(lambda: server.get("/health").status_code == 200, "the server is not well again")
+    until(lambda: cores(server) == REPLICAS and restarts(server) == 1, "the new one is not used")
