@@ -100,7 +100,7 @@ def build_application(
         num_replicas=fleet.num_engines,
         max_ongoing_requests=config.scheduler.max_num_held,
         ray_actor_options={
-            "num_cpus": options.ray_cpus or 1,
+            "num_cpus": options.cpus_each(fleet.num_engines),
             "num_gpus": 1 if config.executor.device == "cuda" else 0,
         },
         request_router_config={
@@ -152,7 +152,7 @@ def application(args: Mapping[str, Any]) -> Application:
     return build_application(
         engine.resolve(model),
         replace(server.resolve(), fleet=fleet.resolve()),
-        replace(options, ray=True),
+        replace(options, ray=True, ray_address="auto"),  # The one that builds it.
     )
 
 

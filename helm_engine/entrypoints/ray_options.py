@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -9,7 +11,7 @@ import typer
 
 from helm_engine.config import EngineConfig, FleetConfig, ServerConfig
 
-_PANEL = "Ray"
+PANEL = "Ray"
 _ANYWHERE = "who would write the file may run on any node"
 
 
@@ -21,7 +23,7 @@ class RayOptions:
         bool,
         typer.Option(
             "--ray",
-            rich_help_panel=_PANEL,
+            rich_help_panel=PANEL,
             help="Run the engines on Ray (extra ray), one of this command's own unless "
             "--ray-address names another.",
         ),
@@ -30,7 +32,7 @@ class RayOptions:
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            rich_help_panel=_PANEL,
+            rich_help_panel=PANEL,
             help="A Ray cluster that is there already, host:port or auto.",
         ),
     ] = None
@@ -39,10 +41,22 @@ class RayOptions:
         typer.Option(
             metavar="CORES",
             min=1,
-            rich_help_panel=_PANEL,
-            help="Cores of each engine; default: those of this machine shared evenly.",
+            rich_help_panel=PANEL,
+            help="Cores of each engine; default: those of this machine shared evenly, or one with "
+            "--ray-address.",
         ),
     ] = None
+
+    def cpus_each(self, num_engines: int) -> int:
+        """Cores of each of so many engines; on another's Ray one, unless it was said."""
+        if self.ray_cpus is not None:
+            return self.ray_cpus
+        if self.ray_address is not None:
+            return 1
+        # Loaded here: `--help` must not wait for torch.
+        from helm_engine.fleet_members import num_cores
+
+        return max(1, num_cores() // num_engines)
 
     def check(self, config: EngineConfig) -> None:
         """Refuses what does not go with Ray, or without it.
@@ -87,6 +101,21 @@ class RayOptions:
             ("record_trace", server.record_trace is not None, _ANYWHERE),
         ):
             _refuse(field, is_given, reason)
+
+
+@contextmanager
+def needs_ray() -> Iterator[None]:
+    """Says how to install Ray where an import within it fails for want of it.
+
+    Raises:
+        ValueError: Ray is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("ray", "pyarrow", "pandas"):
+            raise
+        raise ValueError("ray: needs Ray: pip install 'helm-engine[ray]' brings it") from error
 
 
 def _refuse(field: str, is_given: bool, reason: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 
 from ray import serve as ray_serve
 from ray.serve.config import HTTPOptions
@@ -14,7 +13,6 @@ from ray.serve.schema import LoggingConfig
 from helm_engine.config import EngineConfig, ServerConfig
 from helm_engine.entrypoints.ray_application import ENGINE, build_application
 from helm_engine.entrypoints.ray_options import RayOptions
-from helm_engine.fleet_members import num_cores
 from helm_engine.ray_session import ray_session
 from helm_engine.served_model import ServedModel
 
@@ -44,10 +42,8 @@ def serve(
         ConnectionError: there is no Ray at the address.
     """
     number, own = server.fleet.num_engines, options.ray_address is None
-    if own and options.ray_cpus is None:
-        options = replace(options, ray_cpus=max(1, num_cores() // number))
     application = build_application(config, server, options)
-    num_cpus = number * (options.ray_cpus or 1) + server.fleet.num_fronts
+    num_cpus = number * options.cpus_each(number) + server.fleet.num_fronts
     with ray_session(options.ray_address, num_cpus):
         # Ray has set handlers of its own.
         for one in (signal.SIGTERM, signal.SIGINT):

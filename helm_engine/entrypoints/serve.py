@@ -16,7 +16,7 @@ from block_manager.exceptions import IntegrityError
 from helm_engine.entrypoints.command import CommandError
 from helm_engine.entrypoints.engine_options import EngineOptions, takes_engine_options
 from helm_engine.entrypoints.fleet_options import FleetOptions
-from helm_engine.entrypoints.ray_options import RayOptions
+from helm_engine.entrypoints.ray_options import RayOptions, needs_ray
 from helm_engine.entrypoints.server_options import ServerOptions
 from helm_engine.entrypoints.waiting import SlowNotice
 from helm_engine.exceptions import HelmError
@@ -89,12 +89,8 @@ def _ray_server() -> ModuleType:
     Raises:
         ValueError: Ray is not installed.
     """
-    try:
+    with needs_ray():
         from helm_engine.entrypoints import ray_server
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise ValueError("ray: needs Ray: pip install 'helm-engine[ray]'") from error
     return ray_server
 
 
