@@ -74,7 +74,7 @@ class RayAnswers:
                 _LinesDatasource(left, config.limits.max_body_bytes),
                 override_num_blocks=1,
                 # With as much as an engine has, Ray would make one task of reading and answering.
-                ray_remote_args={"num_cpus": 0.5},
+                num_cpus=0.5,
             )
             answers = lines.map_batches(
                 _BatchEngine,
@@ -99,7 +99,7 @@ class _LinesDatasource(Datasource):
     def __init__(self, left: Unanswered, max_body_bytes: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._size = left.source.stat().st_size
-        self._read = partial(_read, left.source, left.salt, left.first.number, max_body_bytes)
+        self._read = partial(read_blocks, left.source, left.salt, left.first.number, max_body_bytes)
 
     def estimate_inmemory_data_size(self) -> int:
         return self._size
@@ -117,7 +117,7 @@ class _LinesDatasource(Datasource):
         return False
 
 
-def _read(source: Path, salt: str, first: int, max_body_bytes: int) -> Iterator[Block]:
+def read_blocks(source: Path, salt: str, first: int, max_body_bytes: int) -> Iterator[Block]:
     """Blocks of lines from the first one that is wanted on."""
     with open_input(source, max_body_bytes) as batch:
         lines = dropwhile(lambda line: line.number < first, refuse_duplicates(batch.lines(salt)))
