@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from fastapi import FastAPI
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
@@ -44,6 +45,7 @@ _HELD_BY_FRONT = 1 << 16
 """Requests that Ray Serve may hand to a front at once: the front itself refuses what is too much,
 with 429 and before the body is read."""
 _NOT_OF_AN_APPLICATION = ("host", "port", "ray", "ray_address")
+_YAML = ConfigDict(coerce_numbers_to_str=True)
 _Group = TypeVar("_Group", EngineOptions, ServerOptions, FleetOptions, RayOptions)
 
 
@@ -157,6 +159,16 @@ def application(args: Mapping[str, Any]) -> Application:
 
 
 def _options(group: type[_Group], left: dict[str, Any]) -> _Group:
-    """Takes a group's values out of what is left."""
-    names = [field.name for field in fields(group)]
-    return group(**{name: left.pop(name) for name in names if name in left})
+    """Takes a group's values out of what is left, as YAML has them.
+
+    Raises:
+        ValueError: names one that is of another type.
+    """
+    types = get_type_hints(group)
+    values: dict[str, Any] = {}
+    for name in [field.name for field in fields(group) if field.name in left]:
+        try:
+            values[name] = TypeAdapter(types[name], config=_YAML).validate_python(left.pop(name))
+        except ValidationError as error:
+            raise ValueError(f"{name}: {error.errors()[0]['msg']}") from error
+    return group(**values)

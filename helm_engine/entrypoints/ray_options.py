@@ -22,7 +22,6 @@ class RayOptions:
     ray: Annotated[
         bool,
         typer.Option(
-            "--ray",
             rich_help_panel=PANEL,
             help="Run the engines on Ray (extra ray), one of this command's own unless "
             "--ray-address names another.",
