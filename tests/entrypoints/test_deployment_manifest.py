@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from tests.toy_models import toy_config, write_toy_model
 
@@ -87,7 +87,7 @@ def test_ray_serve_and_the_application_take_its_configuration(
     key.write_text("sixteen bytes, or more")
     model = write_toy_model(tmp_path / "toy", toy_config())
     args = {**deployed.args, "model": str(model), "user_key_file": str(key)}
-    fronts = application(args)._bound_deployment
+    fronts: Any = application(args)._bound_deployment
     engines = fronts.init_args[2]._bound_deployment
     assert (fronts.num_replicas, engines.num_replicas) == (args["num_fronts"], args["num_engines"])
     assert engines.ray_actor_options["num_cpus"] == args["ray_cpus"]
