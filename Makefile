@@ -24,7 +24,7 @@ setup: .venv/.installed  ## Install everything into .venv
 # The stamp is written last: a failed or interrupted installation is tried again.
 .venv/.installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,bench,parquet,otel,redis,train,gpu]'
+	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,bench,parquet,otel,redis,train,ray,gpu]'
 	.venv/bin/python -m helm_engine.compile_kernels
 	touch $@
 

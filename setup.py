@@ -91,6 +91,8 @@ setup(
             "triton>=3.5; sys_platform == 'linux'",
             "xformers>=0.0.35; sys_platform == 'linux'",
         ],
+        # One minor version: the request router's API is alpha.
+        "ray": ["ray[serve,data]>=2.60,<2.61"],
         "dev": [
             "pytest>=8.2",
             "hypothesis>=6.100",

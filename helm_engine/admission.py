@@ -25,7 +25,7 @@ class Admission:
     @classmethod
     def to(cls, config: SchedulerConfig) -> Admission:
         """As many as may run and wait in the engine."""
-        return cls(config.max_num_seqs + config.max_num_waiting)
+        return cls(config.max_num_held)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -56,6 +56,11 @@ class SchedulerConfig:
         if not self.patience_ms >= 0.0:
             raise ValueError(f"patience_ms: must be at least 0, not {self.patience_ms}")
 
+    @property
+    def max_num_held(self) -> int:
+        """Requests that may run and wait together."""
+        return self.max_num_seqs + self.max_num_waiting
+
 
 @dataclass(frozen=True, slots=True)
 class ExecutorConfig:
@@ -275,7 +280,9 @@ class FleetConfig:
     """Which engines stand behind a front, and which of them gets a request."""
 
     num_engines: int = 1
-    """Engine cores that the front starts and looks after itself."""
+    """Engine cores that the front starts and looks after itself, or replicas of Ray."""
+    num_fronts: int = 1
+    """Processes that speak HTTP; several only under Ray."""
     remote: tuple[str, ...] = ()
     """Engines of other hosts, `tcp://host:port` each (`helm-engine engine`)."""
     policy: str = "joint"
@@ -296,6 +303,7 @@ class FleetConfig:
             ValueError: names the field and its limit.
         """
         _require_at_least("num_engines", self.num_engines, 0 if self.remote else 1)
+        _require_at_least("num_fronts", self.num_fronts, 1)
         if len(set(self.remote)) < len(self.remote):
             raise ValueError("engine: the same address is named twice")
         for address in self.remote:

@@ -101,7 +101,13 @@ def run_core_process(
         return
     gc.collect()
     gc.freeze()
-    loop = _CoreLoop(engine.core, engine.runner.loader.traffic, addresses)
+    published = engine.residency
+    loop = _CoreLoop(
+        engine.core,
+        engine.runner.loader.traffic,
+        addresses,
+        lambda: 0 if published is None else published.num_kv_batches,
+    )
     front.send(engine.served)
     loop.run()
     engine.close()
@@ -131,9 +137,16 @@ _Command = Request | WithdrawRequest | ForgetUser | SetTarget | Stop
 class _CoreLoop:
     """Steps the engine between messages; sockets are read on a thread of their own."""
 
-    def __init__(self, core: EngineCore, traffic: HostTraffic, addresses: CoreAddresses) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        traffic: HostTraffic,
+        addresses: CoreAddresses,
+        num_kv_batches: Callable[[], int],
+    ) -> None:
         self._core = core
         self._traffic = traffic
+        self._num_kv_batches = num_kv_batches
         self._context = zmq.Context()
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._outbox = self._context.socket(zmq.PUSH)
@@ -251,7 +264,9 @@ class _CoreLoop:
         for request in ended:
             del self._requests[request.request_id]
         message = CoreReport(
-            stats=EngineStats.of(self._core.scheduler, self._traffic, self._core.control),
+            stats=EngineStats.of(
+                self._core.scheduler, self._traffic, self._core.control, self._num_kv_batches()
+            ),
             ended=[EndedRequest.of(request) for request in ended],
             calls_done=self._calls_done,
         )

@@ -24,9 +24,9 @@ from block_manager.events import (
 from helm_engine.clock import Clock
 from helm_engine.fleet_member import Engine
 from helm_engine.request import Request
-from helm_engine.served_model import ServedModel
+from model_executor.cost_profile import CostProfile
 from router.cost import EngineCosts, Work
-from router.dispatcher import Assignment, Dispatcher
+from router.dispatcher import Assignment, Dispatcher, Outcome
 from router.event_subscriber import EventSubscriber
 
 DEFAULT_COSTS = EngineCosts(
@@ -67,7 +67,7 @@ class EngineChoice:
         told = residency.endpoint is not None
         self._dispatcher.add_engine(
             name,
-            costs_of(engine.served),
+            costs_of(engine.served.cost_profile),
             num_rows=num_rows,
             num_positions=min(num_rows, residency.digest_positions) if told else 0,
         )
@@ -91,27 +91,12 @@ class EngineChoice:
             block_tokens: tokens of a block.
             avoid: engines that must not get it; there is at least one other.
         """
-        tokens = request.tokens
-        work = Work(
-            block_hashes=request.block_hashes,
-            block_tokens=block_tokens,
-            num_tokens=request.num_tokens,
-            rows=tokens.rows,
-            candidate_rows=tokens.candidate_rows,
-            user_tag=request.user_tag,
-        )
+        work = work_of(request, block_tokens)
         return self._dispatcher.route(work, self._clock.now(), avoid)
 
     def finished(self, assignment: Assignment, request: Request) -> None:
         """It was answered."""
-        self._dispatcher.finished(
-            assignment,
-            self._clock.now(),
-            service_ms=request.own_ms,
-            cached_tokens=request.cached_tokens,
-            rows_requested=request.rows_requested,
-            rows_resident=request.rows_resident,
-        )
+        self._dispatcher.finished(assignment, self._clock.now(), **outcome_of(request))
 
     def failed(self, assignment: Assignment) -> None:
         """It failed by the engine's fault."""
@@ -128,9 +113,31 @@ class EngineChoice:
         self._subscribers.clear()
 
 
-def costs_of(served: ServedModel) -> EngineCosts:
-    """What work costs on an engine, as far as it is known."""
-    profile = served.cost_profile
+def work_of(request: Request, block_tokens: int) -> Work:
+    """A request as the router sees it; blocks have so many tokens."""
+    tokens = request.tokens
+    return Work(
+        block_hashes=request.block_hashes,
+        block_tokens=block_tokens,
+        num_tokens=request.num_tokens,
+        rows=tokens.rows,
+        candidate_rows=tokens.candidate_rows,
+        user_tag=request.user_tag,
+    )
+
+
+def outcome_of(request: Request) -> Outcome:
+    """What the router learns of a request that was answered."""
+    return {
+        "service_ms": request.own_ms,
+        "cached_tokens": request.cached_tokens,
+        "rows_requested": request.rows_requested,
+        "rows_resident": request.rows_resident,
+    }
+
+
+def costs_of(profile: CostProfile | None) -> EngineCosts:
+    """What work costs on an engine, as far as that was measured."""
     if profile is None:
         return DEFAULT_COSTS
     return EngineCosts(

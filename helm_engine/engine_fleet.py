@@ -142,8 +142,8 @@ class EngineFleet:
     @property
     def capacity(self) -> int:
         """Requests that may run and wait in the engines that are there."""
-        schedulers = [post.engine.served.config.scheduler for post in self.posts if post.engine]
-        return sum(one.max_num_seqs + one.max_num_waiting for one in schedulers)
+        engines = [post.engine for post in self.posts if post.engine]
+        return sum(one.num_cores * one.served.config.scheduler.max_num_held for one in engines)
 
     def describe(self) -> list[dict[str, Any]]:
         """The state of each engine, for `/info`."""
@@ -457,6 +457,7 @@ def _description(post: Post) -> dict[str, Any]:
         "reason": post.refused,
         "model": served.name,
         "model_version": served.version,
+        "cores": post.engine.num_cores,
         "in_flight": post.engine.client.num_in_flight,
         "requests": post.num_requests,
     }

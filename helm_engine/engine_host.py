@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import zmq
@@ -20,6 +20,7 @@ from helm_engine.array_frames import FrameDecoder, FrameEncoder
 from helm_engine.clock import SystemClock
 from helm_engine.engine_messages import (
     CallDone,
+    EndedRequest,
     ForgetUser,
     RequestError,
     SetTarget,
@@ -28,7 +29,7 @@ from helm_engine.engine_messages import (
 from helm_engine.engine_stats import EngineStats
 from helm_engine.engine_supervisor import EngineSupervisor
 from helm_engine.exceptions import EngineUnavailableError, HelmError
-from helm_engine.fleet_member import Engine
+from helm_engine.fleet_member import CoreClient, Engine
 from helm_engine.remote_messages import (
     BEAT_SECONDS,
     PROTOCOL,
@@ -171,18 +172,12 @@ class EngineHost:
 
     async def _run(self, sender: bytes, message: SubmitRequest) -> None:
         """Runs a request to its end and tells its front."""
-        request = message.received(self._clock.now())
-        try:
-            engine = self._supervisor.engine
-            if engine.served.version != message.version:
-                raise EngineUnavailableError(f"version {message.version} is not served any more")
-            await engine.client.submit(request)
-        except HelmError as error:
-            request.error = error
-        except Exception:
-            logger.exception("a request failed unexpectedly")
-            request.error = HelmError("internal error")
-        self._send(sender, self._report(ended=[told(request)]))
+        ended = await run_submitted(message, self._clock.now(), self._serving)
+        self._send(sender, self._report(ended=[ended]))
+
+    def _serving(self) -> tuple[CoreClient, str]:
+        engine = self._supervisor.engine
+        return engine.client, engine.served.version
 
     async def _call(self, sender: bytes, message: ForgetUser | SetTarget | ReloadModel) -> None:
         try:
@@ -255,6 +250,30 @@ class EngineHost:
     def _send(self, sender: bytes, message: FromHost) -> None:
         # Sent at once: there is no limit to what waits for a front.
         self._socket.send_multipart([sender, *self._encoder.encode(message)], copy=False)
+
+
+async def run_submitted(
+    message: SubmitRequest, now: float, serving: Callable[[], tuple[CoreClient, str]]
+) -> EndedRequest:
+    """Runs a front's request to its end.
+
+    Args:
+        message: the request.
+        now: seconds of this host's clock.
+        serving: the core and the version of its model; raises EngineUnavailableError for none.
+    """
+    request = message.received(now)
+    try:
+        client, version = serving()
+        if version != message.version:
+            raise EngineUnavailableError(f"version {message.version} is not served any more")
+        await client.submit(request)
+    except HelmError as error:
+        request.error = error
+    except Exception:
+        logger.exception("a request failed unexpectedly")
+        request.error = HelmError("internal error")
+    return told(request)
 
 
 async def _or_nothing(call: Awaitable[int]) -> int:

@@ -127,7 +127,7 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     control = build_control(config.controller, scheduler, clock.now())
     residency = _tell_residency(config, scheduler)
     core = EngineCore(scheduler, runner, clock, control, residency)
-    return LoadedEngine(served, runner, processor, core, residency)
+    return LoadedEngine(_with_addresses(served, residency), runner, processor, core, residency)
 
 
 def _capture_graphs(config: EngineConfig, runner: ModelRunner, device: torch.device) -> None:
@@ -215,6 +215,13 @@ def _tell_residency(config: EngineConfig, scheduler: Scheduler) -> ResidencyPubl
     if config.residency.endpoint is None:
         return None
     return ResidencyPublisher(config.residency, config.model_name, scheduler.kv, scheduler.emb)
+
+
+def _with_addresses(served: ServedModel, residency: ResidencyPublisher | None) -> ServedModel:
+    """With the addresses of events as they were bound."""
+    if residency is None:
+        return served
+    return replace(served, config=replace(served.config, residency=residency.config))
 
 
 def _open_host_tier(config: EngineConfig, model_config: ModelConfig) -> HostStore:

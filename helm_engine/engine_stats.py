@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -107,10 +109,16 @@ class EngineStats(msgspec.Struct, frozen=True):
     emb_page_gain_ms: float = 0.0
     emb_page_loss_ms: float = 0.0
     controller: ControllerStats = ControllerStats()
+    kv_event_batches: int = 0
+    """Batches of KV events that were published."""
 
     @classmethod
     def of(
-        cls, scheduler: Scheduler, traffic: HostTraffic, control: EngineControl | None = None
+        cls,
+        scheduler: Scheduler,
+        traffic: HostTraffic,
+        control: EngineControl | None = None,
+        kv_event_batches: int = 0,
     ) -> EngineStats:
         """Reads a scheduler, its pool, what its executor had from the host tier, its controller."""
         totals = scheduler.stats
@@ -141,4 +149,25 @@ class EngineStats(msgspec.Struct, frozen=True):
             emb_page_gain_ms=value.emb.more,
             emb_page_loss_ms=value.emb.less,
             controller=ControllerStats() if control is None else ControllerStats.of(control),
+            kv_event_batches=kv_event_batches,
         )
+
+
+def together(reports: Sequence[EngineStats]) -> EngineStats:
+    """The state of several engines as that of one: counts are added, all else is averaged."""
+    combined: EngineStats = _together(reports)
+    return combined
+
+
+def _together(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, msgspec.Struct):
+        fields = first.__struct_fields__
+        return type(first)(
+            **{field: _together([getattr(value, field) for value in values]) for field in fields}
+        )
+    if isinstance(first, tuple):
+        return tuple(map(_together, zip(*values, strict=True)))
+    if isinstance(first, bool):
+        return any(values)
+    return sum(values) if isinstance(first, int) else fmean(values)

@@ -36,6 +36,11 @@ class EventStream:
         self._kept: deque[Frames] = deque(maxlen=buffer_batches)
         self._encode = msgspec.msgpack.Encoder().encode
 
+    @property
+    def num_batches(self) -> int:
+        """Batches so far; the next one has this number."""
+        return self._next
+
     def add(self, batch: KVEventBatch | RowEventBatch) -> Frames:
         """Gives a batch its number.
 

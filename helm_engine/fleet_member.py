@@ -68,6 +68,8 @@ class Engine:
     client: CoreClient
     served: ServedModel
     processor: InputProcessor
+    num_cores: int = 1
+    """Engine cores that are asked through this client, each with a queue of its own."""
 
 
 class FleetMember(Protocol):

@@ -60,7 +60,7 @@ def one_of_several(config: EngineConfig, place: int, number: int) -> EngineConfi
     They share the processor's cores evenly, and have a decision log each; which GPU each has the
     engine finds out itself (`select_device`).
     """
-    threads = max(1, _num_cores() // number)
+    threads = max(1, num_cores() // number)
     controller, log = config.controller, config.controller.decision_log
     if log is not None:
         controller = replace(controller, decision_log=log.with_stem(f"{log.stem}-{place}"))
@@ -71,7 +71,7 @@ def one_of_several(config: EngineConfig, place: int, number: int) -> EngineConfi
     )
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Cores that this process may use, or as many as the operator granted numeric libraries."""
     granted = os.environ.get("OMP_NUM_THREADS", "")
     cores = len(os.sched_getaffinity(0))

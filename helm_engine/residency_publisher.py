@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
@@ -39,6 +39,8 @@ from helm_engine.event_stream import END_OF_ANSWER, EventStream, Frames
 
 logger = logging.getLogger(__name__)
 
+_ANY_PORT = ":*"
+"""The system chooses; the address that others need is in `ResidencyPublisher.config`."""
 _BIND_AGAIN_SECONDS = 0.2
 _MAX_UNSENT = 100_000
 """Messages that wait for a subscriber that does not read; vLLM's default."""
@@ -107,24 +109,39 @@ class ResidencyPublisher:
         self._published = self._context.socket(zmq.PUB)
         self._published.set_hwm(_MAX_UNSENT)
         if _is_bound(endpoint):
-            self._bind(self._published, endpoint, "kv_events_endpoint")
+            endpoint = self._bind(self._published, endpoint, "kv_events_endpoint")
         else:
             with _named("kv_events_endpoint", endpoint):
                 self._published.connect(endpoint)
         self._replay = self._context.socket(zmq.ROUTER)
         self._replay.set_hwm(0)  # An answer of more messages than that would lose its end.
         if replay_endpoint is not None:
-            self._bind(self._replay, replay_endpoint, "kv_events_replay_endpoint")
+            replay_endpoint = self._bind(self._replay, replay_endpoint, "kv_events_replay_endpoint")
+        self._config = replace(self._config, endpoint=endpoint, replay_endpoint=replay_endpoint)
         self._woken = self._context.socket(zmq.PAIR)
         self._woken.bind("inproc://wake")
         self._wake = self._context.socket(zmq.PAIR)
         self._wake.connect("inproc://wake")
 
-    def _bind(self, socket: zmq.Socket[bytes], endpoint: str, field: str) -> None:
+    def _bind(self, socket: zmq.Socket[bytes], endpoint: str, field: str) -> str:
+        """Binds now or, where the address is in use, later; returns it with its real port."""
         with _named(field, endpoint):
             if not _try_to_bind(socket, endpoint):
                 logger.warning("%s: %s is in use; it is tried again and again", field, endpoint)
                 self._unbound.append((socket, endpoint))
+            elif endpoint.endswith(_ANY_PORT):
+                return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        return endpoint
+
+    @property
+    def config(self) -> ResidencyConfig:
+        """As it was given, with the ports that the system chose where it gave `*` as a port."""
+        return self._config
+
+    @property
+    def num_kv_batches(self) -> int:
+        """KV batches published so far."""
+        return self._kv_stream.num_batches
 
     # ---------------------------------------------------------------- the step thread
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 
@@ -30,6 +31,15 @@ its event a digest interval, and what does not come by then does not come."""
 
 class NoEngineError(RuntimeError):
     """There is no engine that a request could be sent to."""
+
+
+class Outcome(TypedDict, total=False):
+    """What an engine says of a request that it answered; see `Dispatcher.finished`."""
+
+    service_ms: float | None
+    cached_tokens: int | None
+    rows_requested: int | None
+    rows_resident: int | None
 
 
 @dataclass(slots=True, eq=False)

@@ -180,6 +180,11 @@ class EventSubscriber:
         """Whether the sink was told everything, up to what is on its way."""
         return self._is_synced
 
+    @property
+    def num_kv_batches(self) -> int:
+        """KV batches that the engine had published by the last one known; 0 = none is known."""
+        return self._kv.next or 0
+
     def resync(self) -> None:
         """Asks for everything anew, for instance after the engine was forgotten elsewhere."""
         self._tell(_RESYNC)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from helm_engine.batch.journal import Journal, open_journal
 from helm_engine.batch.json_lines import JsonLinesInput
 from helm_engine.batch.lines import BatchLine, refuse_duplicates
+from helm_engine.batch.output_lines import OutputLine
 from helm_engine.batch.read_ahead import answer_lines
 from helm_engine.batch.resume import BatchCount, keep_answered
 from helm_engine.config import EngineConfig
@@ -24,7 +26,64 @@ Report = Callable[[str, int, int | None], None]
 """Told of progress: what is being done, how far it is, and how far it goes if that is known."""
 
 
-def run_batch(config: EngineConfig, source: Path, target: Path, report: Report) -> BatchCount:
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """What is left of a batch."""
+
+    source: Path
+    salt: str
+    """Goes into the id of each line: the model's version and precision."""
+    version: str
+    """Of the model."""
+    first: BatchLine
+    rest: Iterator[BatchLine]
+    """The lines after the first, read once."""
+    whole: bool
+    """Answers are whole, whatever `fields` of the requests say."""
+
+
+Answer = Callable[[EngineConfig, Unanswered], Generator[tuple[int, OutputLine], None, None]]
+"""Answers lines in their order; each comes with the line's `end`."""
+
+
+def answer_here(
+    config: EngineConfig, left: Unanswered
+) -> Generator[tuple[int, OutputLine], None, None]:
+    """Answers lines with one engine in this process.
+
+    Raises what `load_engine` raises.
+
+    Raises:
+        ValueError: the model is not the one that the lines were read for.
+    """
+    recommender = load_recommender(config, left.version)
+    lines = chain([left.first], left.rest)
+    with closing(answer_lines(recommender, lines, left.whole)) as answers:
+        for line, output in answers:
+            yield line.end, output
+
+
+def load_recommender(config: EngineConfig, version: str) -> Recommender:
+    """Loads the model, of a certain version.
+
+    Raises what `load_engine` raises.
+
+    Raises:
+        ValueError: it has another one.
+    """
+    recommender = Recommender.from_config(config)
+    if recommender.engine.served.version != version:
+        raise ValueError(f"{config.model_dir}: was exchanged while it was read")
+    return recommender
+
+
+def run_batch(
+    config: EngineConfig,
+    source: Path,
+    target: Path,
+    report: Report,
+    answer: Answer = answer_here,
+) -> BatchCount:
     """Answers every line of a file that is not answered yet; a bad line becomes an error line.
 
     Both files are checked before the model is loaded, and it is not loaded where nothing is left
@@ -41,6 +100,7 @@ def run_batch(config: EngineConfig, source: Path, target: Path, report: Report) 
             then the lines are beside it in `<target>.partial.jsonl`. `fields` of a request are
             for JSON lines: a table has all its columns.
         report: told of progress.
+        answer: what answers the lines.
 
     Raises:
         HelmError: the engine's first step failed.
@@ -54,14 +114,13 @@ def run_batch(config: EngineConfig, source: Path, target: Path, report: Report) 
         journal_path = target.with_name(f"{target.name}.partial.jsonl")
     _check_distinct(source, {target, journal_path})
     load_config(config.model_dir)
-    with _open_input(source, config.limits.max_body_bytes) as batch:
+    with open_input(source, config.limits.max_body_bytes) as batch:
         _require_parquet(target)
         with open_journal(journal_path) as journal:
             version = model_version(config.model_dir)
-            lines: Iterator[BatchLine] = refuse_duplicates(
-                # With another precision the same lines have other scores.
-                batch.lines(f"{version}/{config.executor.dtype}")
-            )
+            # With another precision the same lines have other scores.
+            salt = f"{version}/{config.executor.dtype}"
+            lines: Iterator[BatchLine] = refuse_duplicates(batch.lines(salt))
 
             def kept(line: BatchLine) -> None:
                 report("reading answers that are there", line.end, batch.size)
@@ -72,15 +131,12 @@ def run_batch(config: EngineConfig, source: Path, target: Path, report: Report) 
             first = next(unanswered, None)
             if first is not None:
                 report("loading the model", 0, None)
-                recommender = Recommender.from_config(config)
-                if recommender.engine.served.version != version:
-                    raise ValueError(f"{config.model_dir}: was exchanged while it was read")
-                lines = chain([first], unanswered)
-                with closing(answer_lines(recommender, lines, _is_table(target))) as answers:
-                    for line, output in answers:
+                left = Unanswered(source, salt, version, first, unanswered, _is_table(target))
+                with closing(answer(config, left)) as answers:
+                    for end, output in answers:
                         journal.append(output.encoded)
                         count.add(output.succeeded)
-                        report("answering", line.end, batch.size)
+                        report("answering", end, batch.size)
             journal.sync()
             if _is_table(target):
                 _make_table(target, journal, report)
@@ -108,7 +164,13 @@ def _require_parquet(path: Path) -> None:
         ) from None
 
 
-def _open_input(path: Path, max_body_bytes: int) -> JsonLinesInput | ParquetInput:
+def open_input(path: Path, max_body_bytes: int) -> JsonLinesInput | ParquetInput:
+    """Opens a batch.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is none, or the extra `parquet` is needed and missing.
+    """
     if not _is_table(path):
         return JsonLinesInput(path, max_body_bytes)
     _require_parquet(path)

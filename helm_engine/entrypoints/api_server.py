@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import uvicorn
@@ -29,6 +29,7 @@ from helm_engine.entrypoints.recommend_routes import recommend_router
 from helm_engine.entrypoints.request_ids import RequestIds
 from helm_engine.entrypoints.tracing import Tracer
 from helm_engine.exceptions import HelmError
+from helm_engine.fleet_member import FleetMember
 from helm_engine.fleet_members import make_members
 from helm_engine.protocol import RECOMMEND_PATHS
 from helm_engine.request_trace.recorder import TraceRecorder
@@ -45,13 +46,15 @@ class ApiFront:
         self,
         config: EngineConfig,
         server: ServerConfig,
-        announce: Callable[[ServedModel, int], None],
+        members: Sequence[FleetMember],
+        announce: Callable[[ServedModel, int], None] = lambda served, num_engines: None,
     ) -> None:
         """Starts nothing yet.
 
         Args:
-            config: of each engine of its own.
+            config: of its engines; limits of requests are read from it.
             server: the front's.
+            members: the engines.
             announce: called with the model and the number of engines once requests can be answered.
 
         Raises:
@@ -59,7 +62,7 @@ class ApiFront:
                 cannot be made.
         """
         self._announce = announce
-        self._fleet = EngineFleet(make_members(config, server), server.fleet)
+        self._fleet = EngineFleet(members, server.fleet)
         self._reloads: set[asyncio.Task[None]] = set()
         self.ended_in_order = True
         """Whether the engines' books added up when they ended."""
@@ -178,7 +181,7 @@ def serve(
         HelmError: the engine's process died before it was ready.
         IntegrityError: the pool's books do not add up at the end.
     """
-    front = ApiFront(config, server, announce)
+    front = ApiFront(config, server, make_members(config, server), announce)
     http = HttpServer(
         uvicorn.Config(front.app, log_level="warning"), front, server.shutdown_timeout
     )

@@ -29,6 +29,15 @@ class FleetOptions:
             help="Engine cores to run here, each with a pool of --pool-bytes.",
         ),
     ] = _DEFAULTS.num_engines
+    num_fronts: Annotated[
+        int,
+        typer.Option(
+            metavar="FRONTS",
+            min=1,
+            rich_help_panel=_PANEL,
+            help="With --ray: processes that speak HTTP and route, each with an index of its own.",
+        ),
+    ] = _DEFAULTS.num_fronts
     engine: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,6 +93,7 @@ class FleetOptions:
         """
         return FleetConfig(
             num_engines=self.num_engines,
+            num_fronts=self.num_fronts,
             remote=tuple(self.engine or ()),
             policy=self.routing_policy,
             hedge_ms=self.hedge_ms,

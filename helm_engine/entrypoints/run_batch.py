@@ -5,14 +5,19 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from helm_engine.entrypoints.command import CommandError
 from helm_engine.entrypoints.engine_options import EngineOptions, takes_engine_options
+from helm_engine.entrypoints.ray_options import PANEL as RAY_PANEL
+from helm_engine.entrypoints.ray_options import RayOptions, needs_ray
 from helm_engine.entrypoints.waiting import SlowNotice
 from helm_engine.exceptions import HelmError
+
+if TYPE_CHECKING:
+    from helm_engine.batch.run import Answer
 
 _FILES = "Files"
 
@@ -20,6 +25,7 @@ _FILES = "Files"
 @takes_engine_options
 def run_batch(
     options: EngineOptions,
+    ray: RayOptions,
     notice: SlowNotice,
     source: Annotated[
         Path,
@@ -52,6 +58,15 @@ def run_batch(
             help="Directory with config.json and safetensors.",
         ),
     ],
+    num_engines: Annotated[
+        int,
+        typer.Option(
+            metavar="ENGINES",
+            min=1,
+            rich_help_panel=RAY_PANEL,
+            help="Engines that --ray runs, each with a pool of --pool-bytes.",
+        ),
+    ] = 1,
 ) -> None:
     """Answer a file of OpenAI batch lines, without a server; stopped, it goes on when run again."""
     notice.say("loading torch")
@@ -59,7 +74,10 @@ def run_batch(
 
     options.start_logging()
     try:
-        count = run(options.resolve(model), source, target, notice.say)
+        config = options.resolve(model)
+        ray.check(config)
+        answer = _answer(ray, num_engines)
+        count = run(config, source, target, notice.say, answer)
     except (ValueError, HelmError) as error:
         raise CommandError(str(error)) from error
     except OSError as error:
@@ -75,3 +93,20 @@ def run_batch(
         rest = "; nothing was left to do" if all_kept else ""
         print(f"{target}: {count.kept} lines were there already{rest}", file=sys.stderr)
     print(f"{count.succeeded} answered, {count.failed} failed", file=sys.stderr)
+
+
+def _answer(ray: RayOptions, num_engines: int) -> Answer:
+    """What answers the lines.
+
+    Raises:
+        ValueError: several engines are wanted without Ray, or it is not installed.
+    """
+    from helm_engine.batch.run import answer_here
+
+    if not ray.ray:
+        if num_engines > 1:
+            raise ValueError("num_engines: several need --ray")
+        return answer_here
+    with needs_ray():
+        from helm_engine.batch.ray_answers import RayAnswers
+    return RayAnswers(num_engines, ray.cpus_each(num_engines), ray.ray_address)

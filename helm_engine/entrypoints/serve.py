@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from block_manager.exceptions import IntegrityError
 from helm_engine.entrypoints.command import CommandError
 from helm_engine.entrypoints.engine_options import EngineOptions, takes_engine_options
 from helm_engine.entrypoints.fleet_options import FleetOptions
+from helm_engine.entrypoints.ray_options import RayOptions, needs_ray
 from helm_engine.entrypoints.server_options import ServerOptions
 from helm_engine.entrypoints.waiting import SlowNotice
 from helm_engine.exceptions import HelmError
@@ -29,6 +31,7 @@ def serve(
     options: EngineOptions,
     server: ServerOptions,
     fleet: FleetOptions,
+    ray: RayOptions,
     notice: SlowNotice,
     model: Annotated[
         Path,
@@ -52,6 +55,7 @@ def serve(
     try:
         config = options.resolve(model)
         front = replace(server.resolve(), fleet=fleet.resolve())
+        ray.check_server(config, front)
         bound = http_server.open_socket(host, port)
     except ValueError as error:
         raise CommandError(str(error)) from error
@@ -60,17 +64,34 @@ def serve(
             f"{host}:{port}: cannot listen: {error.strerror}; --port picks another"
         ) from error
 
+    port = bound.getsockname()[1]
+
     def announce(served: ServedModel, num_engines: int) -> None:
         notice.end()
-        print(_welcome(served, num_engines, host, bound.getsockname()[1]), flush=True)
+        print(_welcome(served, num_engines, host, port), flush=True)
 
     try:
-        api_server.serve(config, front, bound, announce)
+        if ray.ray:
+            bound.close()  # It was free: Ray Serve opens it itself.
+            _ray_server().serve(config, front, ray, (host, port), announce)
+        else:
+            api_server.serve(config, front, bound, announce)
     except (ValueError, OSError, RuntimeError, HelmError) as error:
         raise CommandError(str(error)) from error
     except IntegrityError as error:
         print(f"helm-engine: error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
+
+
+def _ray_server() -> ModuleType:
+    """What serves with Ray.
+
+    Raises:
+        ValueError: Ray is not installed.
+    """
+    with needs_ray():
+        from helm_engine.entrypoints import ray_server
+    return ray_server
 
 
 def _welcome(served: ServedModel, num_engines: int, host: str, port: int) -> str:

@@ -39,13 +39,19 @@ class RunningServer:
     welcome: str
     """What it printed up to the curl line."""
 
-    def post(self, body: object, path: str = "/v1/recommend") -> httpx.Response:
+    def post(
+        self, body: object, path: str = "/v1/recommend", headers: dict[str, str] | None = None
+    ) -> httpx.Response:
         """Sends one request."""
-        return httpx.post(self.address + path, json=body, timeout=30)
+        return httpx.post(self.address + path, json=body, headers=headers, timeout=30)
 
-    def get(self, path: str) -> httpx.Response:
+    def put(self, path: str, body: object, headers: dict[str, str]) -> httpx.Response:
+        """Sets something."""
+        return httpx.put(self.address + path, json=body, headers=headers, timeout=30)
+
+    def get(self, path: str, headers: dict[str, str] | None = None) -> httpx.Response:
         """Asks for a page."""
-        return httpx.get(self.address + path, timeout=30)
+        return httpx.get(self.address + path, headers=headers, timeout=30)
 
     def stop(self) -> int:
         """Sends SIGTERM and returns the exit status."""

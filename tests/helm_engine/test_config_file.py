@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from helm_engine.entrypoints.cli import app
 from helm_engine.entrypoints.engine_options import EngineOptions
 from helm_engine.entrypoints.fleet_options import FleetOptions
+from helm_engine.entrypoints.ray_options import RayOptions
 from helm_engine.entrypoints.server_options import ServerOptions
 
 
@@ -187,22 +188,27 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "row_digest_interval": st.floats(0.0, 1e6),
     "engine_name": st.text("abc-", min_size=1),
     "num_engines": st.integers(0, 64),
+    "num_fronts": st.integers(1, 64),
     "engine": st.lists(_TEXT, max_size=3),
     "user_key_file": _PATH,
     "routing_policy": _TEXT,
     "hedge_ms": st.floats(0.1, 1e6),
     "suspect_timeout": st.floats(0.1, 1e6),
+    "ray": st.booleans(),
+    "ray_address": _TEXT,
+    "ray_cpus": _COUNT,
 }
 _WITHOUT_DEFAULT = {
     "served-model-name", "cost-profile", "otlp-traces-endpoint", "api-key-file", "admin-key-file",
     "max-pages-per-step", "host-link-bytes-per-second", "controller", "decision-log",
     "record-trace", "user-key-file", "hedge-ms", "kv-events-endpoint",
     "kv-events-replay-endpoint", "engine-name", "pool-bytes", "gpu-memory-utilization",
+    "ray-address", "ray-cpus",
 }  # fmt: skip
 
 
 def test_the_property_below_knows_every_option() -> None:
-    groups = (EngineOptions, ServerOptions, FleetOptions)
+    groups = (EngineOptions, ServerOptions, FleetOptions, RayOptions)
     options = {name for group in groups for name in group.__dataclass_fields__}
     assert _VALUES.keys() == options - {"api_key", "admin_key", "host_tier"}, "but for secrets"
 
