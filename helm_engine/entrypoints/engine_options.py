@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +27,7 @@ from helm_engine.entrypoints.command import CommandError
 from helm_engine.entrypoints.config_file import configuration_toml, use_config_file
 from helm_engine.entrypoints.option_groups import KEYWORD, declare, takes_option_groups
 from helm_engine.entrypoints.sizes import mebibytes, size_in_bytes
+from helm_engine.entrypoints.stderr_log import StderrHandler
 from helm_engine.entrypoints.value_source import secret_option, with_place
 from helm_engine.entrypoints.waiting import SlowNotice
 
@@ -71,6 +71,22 @@ class EngineOptions:
             help="What is computed and cached in: float32 or bfloat16.",
         ),
     ] = _EXECUTOR.dtype
+    row_dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            rich_help_panel="Model and execution",
+            help="What rows are kept in: auto (as --dtype), int8 or fp8.",
+        ),
+    ] = _EXECUTOR.row_dtype
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            rich_help_panel="Model and execution",
+            help="What K and V are kept in: auto (as --dtype) or fp8.",
+        ),
+    ] = _EXECUTOR.kv_cache_dtype
     attention_backend: Annotated[
         str,
         typer.Option(
@@ -360,6 +376,8 @@ class EngineOptions:
             executor=ExecutorConfig(
                 device=self.device,
                 dtype=self.dtype,
+                row_dtype=self.row_dtype,
+                kv_cache_dtype=self.kv_cache_dtype,
                 attention_backend=self.attention_backend,
                 max_retrieval_matrix_bytes=size_in_bytes(
                     "max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes
@@ -419,21 +437,8 @@ class EngineOptions:
         logging.basicConfig(
             level=self.log_level.upper(),
             format="%(levelname)s %(name)s: %(message)s",
-            handlers=[_StderrHandler()],
+            handlers=[StderrHandler()],
         )
-
-
-class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what is `sys.stderr` at the time: a progress display puts lines above itself."""
-
-    @property
-    def stream(self) -> TextIO:
-        """The present `sys.stderr`."""
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _: TextIO) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)
