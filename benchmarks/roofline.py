@@ -95,7 +95,8 @@ def make_layer(shape: Shape, dtype: torch.dtype, backend: AttentionBackend, seed
     num_pages = -(-length // BLOCK_TOKENS)
     table = torch.randperm(num_pages, generator=generator)
     kv_shape = (num_pages, 1, BLOCK_TOKENS, HEADS, WIDTH)
-    kv = PagedKV(*(torch.randn(kv_shape, generator=generator).to(dtype) for _ in range(2)))
+    k, v = (torch.randn(kv_shape, generator=generator).to(dtype) for _ in range(2))
+    kv = PagedKV(k, v)
     num_rows = shape.num_rows + shape.num_candidates
     width = HEADS * WIDTH
     hidden = torch.randn(num_rows, width, generator=generator).to(dtype)

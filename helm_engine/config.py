@@ -15,6 +15,8 @@ from helm_engine.controller.registry import check_controller
 from model_executor.redis_address import RedisAddress, parse_redis_url
 
 DTYPES = ("float32", "bfloat16")
+ROW_DTYPES = ("auto", "int8", "fp8")
+KV_CACHE_DTYPES = ("auto", "fp8")
 GPU_MEMORY_UTILIZATION = 0.9
 """Of an engine whose pool's size was not said."""
 
@@ -76,6 +78,11 @@ class ExecutorConfig:
     dtype: str = "float32"
     """Of weights, rows, K and V on the device: `float32`, or `bfloat16`, which is faster where the
     processor knows it and rounds scores (docs/benchmarks.md has the error)."""
+    row_dtype: str = "auto"
+    """Of rows in the pool: `auto` = dtype; `int8` or `fp8` with a scale for each row, which takes a
+    quarter of float32 and rounds scores (docs/devices.md has the error)."""
+    kv_cache_dtype: str = "auto"
+    """Of K and V in the pool: `auto` = dtype; `fp8`, likewise, with torch attention alone."""
     attention_backend: str = "auto"
     """`auto`: the fastest for the device; `cpu`: compiled kernels; `torch`: the reference;
     `xformers`: its paged kernel, for softmax models on CUDA."""
@@ -99,12 +106,22 @@ class ExecutorConfig:
         _require_at_least("num_engines", self.num_engines, 1)
         if self.num_threads is not None:
             _require_at_least("num_threads", self.num_threads, 1)
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        for name, value, known in (
+            ("dtype", self.dtype, DTYPES),
+            ("row_dtype", self.row_dtype, ROW_DTYPES),
+            ("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: must be one of {', '.join(known)}, not {value!r}")
         _require_at_least("max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes, 0)
         share = self.gpu_memory_utilization
         if share is not None and not 0.0 < share <= 1.0:
             raise ValueError(f"gpu_memory_utilization: must be above 0 and up to 1, not {share}")
+
+    @property
+    def kv_number_bytes(self) -> int:
+        """Bytes of a number of K and V in the pool."""
+        return 1 if self.kv_cache_dtype == "fp8" else {"float32": 4, "bfloat16": 2}[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ from model_executor.memory_meter import CudaMemoryMeter, memory_errors_told
 from model_executor.model_config import ModelConfig
 from model_executor.model_runner import ModelRunner
 from model_executor.models.sequence_model import SequenceModel
+from model_executor.scaled_rows import ScaledRows, scaled_row_bytes
 from model_executor.step_graphs import CudaGraphCapture
 
 logger = logging.getLogger(__name__)
@@ -90,8 +91,10 @@ def load_engine(config: EngineConfig, clock: Clock, table: HostStore | None = No
     dtype = compute_dtype(config.executor.dtype)
     rules = step_rules(model_config, capabilities_of(model_config))
     sizes = {
-        "kv_bytes_per_token": model_config.kv_elements_per_token * dtype.itemsize,
-        "row_bytes": model_config.row_dim * dtype.itemsize,
+        "kv_bytes_per_token": model_config.kv_elements_per_token * config.executor.kv_number_bytes,
+        "row_bytes": model_config.row_dim * dtype.itemsize
+        if config.executor.row_dtype == "auto"
+        else scaled_row_bytes(model_config.row_dim),
         "max_context_tokens": model_config.max_context_tokens,
         "staging_rows": config.scheduler.max_num_batched_tokens,
     }
@@ -156,8 +159,19 @@ def _build_runner(
             raise ValueError(
                 f"table: has {table.num_rows} rows, the model needs {model_config.num_rows}"
             )
-        most = config.executor.max_retrieval_matrix_bytes
-        return ModelRunner(model, table, layout, attention, device, most)
+        executor = config.executor
+        return ModelRunner(
+            model,
+            table,
+            layout,
+            attention,
+            device,
+            executor.max_retrieval_matrix_bytes,
+            None
+            if executor.row_dtype == "auto"
+            else ScaledRows(executor.row_dtype, model_config.row_dim, dtype),
+            fp8_kv=executor.kv_cache_dtype == "fp8",
+        )
 
 
 def _served_model(
@@ -206,6 +220,7 @@ def _attention(
         candidates_in_sequence=model.config.candidates_in_sequence,
         block_tokens=layout.block_tokens,
         page_bytes=layout.page_bytes,
+        fp8_kv=config.executor.kv_cache_dtype == "fp8",
     )
     return attention_backend(config.executor.attention_backend, device, shape)
 

@@ -23,6 +23,7 @@ from model_executor.models.sequence_model import RankingModel, RetrievalModel, S
 from model_executor.page_arena import PageArena
 from model_executor.paged_batch import PagedBatch, begin_to_host, build_paged_batch, to_device
 from model_executor.row_loader import RowLoader
+from model_executor.scaled_rows import ScaledRows
 from model_executor.step import (
     CandidateScoring,
     Float32Array,
@@ -78,14 +79,18 @@ class ModelRunner:
         attention: AttentionBackend,
         device: torch.device,
         max_retrieval_matrix_bytes: int,
+        row_codec: ScaledRows | None = None,
+        fp8_kv: bool = False,
     ) -> None:
-        """Allocates the pool in the weights' dtype.
+        """Allocates the pool in the weights' dtype, but for what is stored in eight bits.
 
         There is no retrieval head with `max_retrieval_matrix_bytes` 0, nor for a model that ranks.
         """
         self.model = model
         self._dtype = next(model.parameters()).dtype
         self._device = device
+        self._row_codec = row_codec
+        self._fp8_kv = fp8_kv
         self.retrieval_head = (
             RetrievalHead(model, table, device, max_retrieval_matrix_bytes)
             if max_retrieval_matrix_bytes and isinstance(model, RetrievalModel)
@@ -105,7 +110,9 @@ class ModelRunner:
 
     def _take_pool(self, layout: PoolLayout) -> None:
         self._layout = layout
-        self.arena = PageArena(layout, self.model.config, self._device, self._dtype)
+        self.arena = PageArena(
+            layout, self.model.config, self._device, self._dtype, self._row_codec, self._fp8_kv
+        )
         self._refill = BackgroundRefill(self.loader, self.arena.rows, self._device, self._dtype)
         self.graphs: StepGraphs | None = None
         """Captured steps; they hold addresses of the pool, and go with it."""

@@ -38,11 +38,16 @@ class PagedKV:
     """float [num_pages, layers, block_tokens, H, dqk], strided."""
     v: Tensor
     """float [num_pages, layers, block_tokens, H, dv], strided."""
+    read_as: torch.dtype | None = None
+    """None = K and V are stored as they are; else they are stored as float8 e4m3 (of which the
+    tensors hold the bits, uint8) and read as this."""
 
     def append(
         self, layer: int, k: Tensor, v: Tensor, page_ids: Tensor, page_offsets: Tensor
     ) -> None:
         """Writes K [T, H, dqk] and V [T, H, dv] of T tokens to their places (int64 [T] each)."""
+        if self.read_as is not None:
+            k, v = _as_fp8(k), _as_fp8(v)
         self.k[:, layer].index_put_((page_ids, page_offsets), k)
         self.v[:, layer].index_put_((page_ids, page_offsets), v)
 
@@ -53,7 +58,15 @@ class PagedKV:
         """
         k = self.k[:, layer].index_select(0, block_table).flatten(0, 1)
         v = self.v[:, layer].index_select(0, block_table).flatten(0, 1)
-        return k[:num_tokens], v[:num_tokens]
+        k, v = k[:num_tokens], v[:num_tokens]
+        if self.read_as is not None:
+            k, v = (one.view(torch.float8_e4m3fn).to(self.read_as) for one in (k, v))
+        return k, v
+
+
+def _as_fp8(numbers: Tensor) -> Tensor:
+    """Bits of the nearest float8 e4m3, uint8; numbers beyond its largest, 448, become that."""
+    return numbers.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def _allocate(num_bytes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -76,6 +89,7 @@ class PageArena:
         device: torch.device,
         dtype: torch.dtype,
         row_codec: ScaledRows | None = None,
+        fp8_kv: bool = False,
     ) -> None:
         """Allocates `layout.total_bytes` on the device.
 
@@ -85,6 +99,7 @@ class PageArena:
             device: where.
             dtype: of K, V and rows.
             row_codec: how rows are stored instead.
+            fp8_kv: K and V are stored as float8 e4m3, without a scale.
 
         Raises:
             ValueError: the device does not have that much.
@@ -92,7 +107,7 @@ class PageArena:
         self.layout = layout
         self._page_elements = layout.page_bytes // dtype.itemsize
         self._storage = _allocate(layout.total_bytes, dtype, device)
-        self.kv = self._view_kv(config)
+        self.kv = self._view_kv(config, dtype if fp8_kv else None)
         stored = dtype if row_codec is None else row_codec.stored_dtype
         row_elements = layout.row_bytes // stored.itemsize
         page_elements = layout.page_bytes // stored.itemsize
@@ -117,19 +132,21 @@ class PageArena:
         )
         """How a step's rows are read and written."""
 
-    def _view_kv(self, config: ModelConfig) -> PagedKV:
+    def _view_kv(self, config: ModelConfig, fp8_read_as: torch.dtype | None) -> PagedKV:
         tokens = self.layout.block_tokens
+        storage = self._storage if fp8_read_as is None else self._storage.view(torch.uint8)
+        page_elements = self.layout.page_bytes // storage.itemsize
 
         def view(width: int, offset: int) -> Tensor:
             per_token = config.num_heads * width
-            return self._storage.as_strided(
+            return storage.as_strided(
                 (self.layout.num_pages, config.num_layers, tokens, config.num_heads, width),
-                (self._page_elements, tokens * per_token, per_token, width, 1),
+                (page_elements, tokens * per_token, per_token, width, 1),
                 offset,
             )
 
         k_elements = config.num_layers * tokens * config.num_heads * config.dqk
-        return PagedKV(k=view(config.dqk, 0), v=view(config.dv, k_elements))
+        return PagedKV(view(config.dqk, 0), view(config.dv, k_elements), fp8_read_as)
 
     @property
     def nbytes(self) -> int:
@@ -155,12 +172,23 @@ class PageArena:
 
     def poison(self) -> None:
         """Fills everything with NaN: a read of memory that was never written shows as NaN."""
-        self._storage.fill_(math.nan)
+        self._fill_with_nan(self._storage)
 
     def poison_pages(self, page_ids: Tensor) -> None:
         """Fills whole pages (int64 [n]) with NaN: a later read of freed KV shows as NaN."""
         pages = self._storage[: self.layout.num_pages * self._page_elements]
-        pages.view(self.layout.num_pages, -1).index_fill_(0, page_ids, math.nan)
+        self._fill_with_nan(pages.view(self.layout.num_pages, -1), page_ids)
+
+    def _fill_with_nan(self, memory: Tensor, page_ids: Tensor | None = None) -> None:
+        if self.kv.read_as is None:
+            value = math.nan
+        else:
+            # All bits set is NaN in every float, and also as float8.
+            memory, value = memory.view(torch.uint8), 255
+        if page_ids is None:
+            memory.fill_(value)
+        else:
+            memory.index_fill_(0, page_ids, value)
 
 
 @njit(nogil=True, cache=True)

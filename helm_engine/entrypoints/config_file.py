@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 import json
 import tomllib
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import tomlkit
 import typer
@@ -37,6 +38,30 @@ def use_config_file(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None:
         context.default_map = _values(context, path)
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigOptions:
+    """Where values come from."""
+
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            is_eager=True,
+            callback=use_config_file,
+            help="TOML file with values of flags, named as the flags.",
+        ),
+    ] = None
+    dump_config: Annotated[
+        bool,
+        typer.Option(
+            "--dump-config",
+            is_eager=True,
+            allow_from_autoenv=False,
+            help="Print every value as TOML, with where it came from, and end.",
+        ),
+    ] = False
 
 
 def _values(context: Any, path: Path) -> dict[str, Any]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,9 +24,10 @@ from helm_engine.config import (
 )
 from helm_engine.controller.controller_config import ControllerConfig
 from helm_engine.entrypoints.command import CommandError
-from helm_engine.entrypoints.config_file import configuration_toml, use_config_file
+from helm_engine.entrypoints.config_file import ConfigOptions, configuration_toml
 from helm_engine.entrypoints.option_groups import KEYWORD, declare, takes_option_groups
 from helm_engine.entrypoints.sizes import mebibytes, size_in_bytes
+from helm_engine.entrypoints.stderr_log import StderrHandler
 from helm_engine.entrypoints.value_source import secret_option, with_place
 from helm_engine.entrypoints.waiting import SlowNotice
 
@@ -71,6 +71,22 @@ class EngineOptions:
             help="What is computed and cached in: float32 or bfloat16.",
         ),
     ] = _EXECUTOR.dtype
+    row_dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            rich_help_panel="Model and execution",
+            help="What rows are kept in: auto (as --dtype), int8 or fp8.",
+        ),
+    ] = _EXECUTOR.row_dtype
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            rich_help_panel="Model and execution",
+            help="What K and V are kept in: auto (as --dtype) or fp8.",
+        ),
+    ] = _EXECUTOR.kv_cache_dtype
     attention_backend: Annotated[
         str,
         typer.Option(
@@ -81,10 +97,7 @@ class EngineOptions:
     ] = _EXECUTOR.attention_backend
     enforce_eager: Annotated[
         bool,
-        typer.Option(
-            rich_help_panel="Model and execution",
-            help="On a GPU, capture no CUDA graphs of steps whose shapes repeat.",
-        ),
+        typer.Option(rich_help_panel="Model and execution", help="Capture no CUDA graphs."),
     ] = _EXECUTOR.enforce_eager
     max_retrieval_matrix_bytes: Annotated[
         str,
@@ -367,6 +380,8 @@ class EngineOptions:
             executor=ExecutorConfig(
                 device=self.device,
                 dtype=self.dtype,
+                row_dtype=self.row_dtype,
+                kv_cache_dtype=self.kv_cache_dtype,
                 attention_backend=self.attention_backend,
                 max_retrieval_matrix_bytes=size_in_bytes(
                     "max_retrieval_matrix_bytes", self.max_retrieval_matrix_bytes
@@ -427,45 +442,8 @@ class EngineOptions:
         logging.basicConfig(
             level=self.log_level.upper(),
             format="%(levelname)s %(name)s: %(message)s",
-            handlers=[_StderrHandler()],
+            handlers=[StderrHandler()],
         )
-
-
-class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what is `sys.stderr` at the time: a progress display puts lines above itself."""
-
-    @property
-    def stream(self) -> TextIO:
-        """The present `sys.stderr`."""
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _: TextIO) -> None:
-        pass
-
-
-@dataclass(frozen=True, slots=True)
-class _ConfigOptions:
-    """Where values come from."""
-
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            is_eager=True,
-            callback=use_config_file,
-            help="TOML file with values of flags, named as the flags.",
-        ),
-    ] = None
-    dump_config: Annotated[
-        bool,
-        typer.Option(
-            "--dump-config",
-            is_eager=True,
-            allow_from_autoenv=False,
-            help="Print every value as TOML, with where it came from, and end.",
-        ),
-    ] = False
 
 
 def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -477,7 +455,7 @@ def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """
 
     @wraps(command)
-    def checked(context: typer.Context, config_options: _ConfigOptions, **values: Any) -> None:
+    def checked(context: typer.Context, config_options: ConfigOptions, **values: Any) -> None:
         try:
             values["options"].resolve(values["model"])
         except ValueError as error:
@@ -497,6 +475,6 @@ def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
         if parameter.annotation is not SlowNotice
     ]
     context = inspect.Parameter("context", KEYWORD, annotation=typer.Context)
-    common = inspect.Parameter("config_options", KEYWORD, annotation=_ConfigOptions)
+    common = inspect.Parameter("config_options", KEYWORD, annotation=ConfigOptions)
     declare(checked, [*own, context, common])
     return takes_option_groups(checked)

@@ -60,7 +60,7 @@ def header_of(served: ServedModel) -> TraceHeader:
         emb_fraction=config.pool.emb_fraction,
         block_tokens=layout.block_tokens,
         row_bytes=layout.row_bytes,
-        kv_bytes_per_token=model.kv_elements_per_token * (layout.row_bytes // model.row_dim),
+        kv_bytes_per_token=model.kv_elements_per_token * config.executor.kv_number_bytes,
         num_rows=model.num_rows,
         max_context_tokens=model.max_context_tokens,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,

@@ -26,6 +26,8 @@ class AttentionShape:
     """Candidates are rows of a step."""
     block_tokens: int
     page_bytes: int
+    fp8_kv: bool = False
+    """K and V are stored as float8."""
 
 
 class PairBias(Protocol):

@@ -18,6 +18,8 @@ class _Entry(NamedTuple):
     make: Callable[[], AttentionBackend]
     devices: tuple[str, ...]
     refusal: Callable[[AttentionShape, torch.device], str | None] | None = None
+    reads_fp8: bool = False
+    """Reads K and V by `PagedKV.gather` alone, which makes numbers of float8."""
 
 
 def _xformers() -> _Entry:
@@ -33,7 +35,7 @@ def _xformers() -> _Entry:
 
 _BACKENDS: dict[str, Callable[[], _Entry]] = {
     "cpu": lambda: _Entry(CpuFusedAttention, ("cpu",)),
-    "torch": lambda: _Entry(TorchReferenceAttention, ("cpu", "cuda")),
+    "torch": lambda: _Entry(TorchReferenceAttention, ("cpu", "cuda"), reads_fp8=True),
     "xformers": _xformers,
 }
 
@@ -52,8 +54,9 @@ def attention_backend(
         ValueError: no backend has this name, it is not installed, or it does not work on the
             device or for the model.
     """
+    fp8_kv = shape is not None and shape.fp8_kv
     if name == AUTO:
-        name = "cpu" if device.type == "cpu" else "torch"
+        name = "cpu" if device.type == "cpu" and not fp8_kv else "torch"
     if name not in _BACKENDS:
         known = ", ".join([AUTO, *_BACKENDS])
         raise ValueError(f"attention_backend: {name!r} is unknown (known: {known})")
@@ -62,6 +65,8 @@ def attention_backend(
         raise ValueError(
             f"attention_backend: {name!r} works on {', '.join(entry.devices)}, not on {device.type}"
         )
+    if fp8_kv and not entry.reads_fp8:
+        raise ValueError(f"kv_cache_dtype: {name!r} attention reads no fp8 (torch does)")
     reason = None if shape is None or entry.refusal is None else entry.refusal(shape, device)
     if reason is not None:
         raise ValueError(f"attention_backend: {name!r} {reason}")

@@ -143,6 +143,8 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "served_model_name": _TEXT,
     "device": _TEXT,
     "dtype": st.sampled_from(["float32", "bfloat16"]),
+    "row_dtype": st.sampled_from(["auto", "int8", "fp8"]),
+    "kv_cache_dtype": st.sampled_from(["auto", "fp8"]),
     "attention_backend": _TEXT,
     "enforce_eager": st.booleans(),
     "max_retrieval_matrix_bytes": _SIZE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,13 +40,15 @@ class AllocatorMeter:
         self._profile: Any = None
 
     def begin(self) -> None:
+        gc.collect()  # What earlier tests left must not be freed meanwhile.
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.start()
 
     def most_added(self) -> int:
         self._profile.stop()
         events = self._profile.profiler.kineto_results.events()
-        changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+        found = [event for event in events if event.name() == "[memory]"]
+        changes = [event.nbytes() for event in sorted(found, key=lambda one: one.start_ns())]
         return int(np.cumsum([0, *changes]).max())
 
 

@@ -104,12 +104,10 @@ def make_case(
     blocks = [-(-(one.start + one.num_rows) // block_tokens) for one in lengths]
     num_pages = sum(blocks) + 3
     unused = torch.randperm(num_pages, generator=generator)
-    kv = PagedKV(
-        *(
-            torch.full((num_pages, 2, block_tokens, heads, d), math.nan, dtype=dtype)
-            for d in (dqk, dv)
-        )
+    page_k, page_v = (
+        torch.full((num_pages, 2, block_tokens, heads, d), math.nan, dtype=dtype) for d in (dqk, dv)
     )
+    kv = PagedKV(page_k, page_v)
     num_context_rows = sum(one.num_rows for one in lengths)
     num_rows = num_context_rows + sum(one.num_candidates for one in lengths)
     # As a model makes them: slices of the rows of one projection.
