@@ -20,11 +20,7 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +29,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
 
 from benchmarks import router_decision
-from benchmarks.cluster_file import add_found, read_earlier
 from benchmarks.cluster_plots import draw_policies, draw_sweeps
 from benchmarks.cluster_runs import PACE, PARTS, WARM_UP_S, Found, Task, run_task
 from benchmarks.cluster_summary import along, by_policy, papers_table
+from benchmarks.parts_file import add_records, add_speeds, read_earlier
 from benchmarks.report import benchmark_parser, write_result
+from benchmarks.side_by_side import run_side_by_side
 
 WORKLOADS = ("burst", "trend", "steady")
 """The longest first."""
@@ -50,6 +47,8 @@ QUICK_WORKLOADS = ("trend",)
 ONE_SEED = ("staleness", "routers")
 """Parts that are run with the first seed only."""
 DECISION = "decision"
+IDENTITY = ("workload", "policy", "seed", "k", "engines", "routers", "staleness_s")
+"""What tells runs apart."""
 
 
 def tasks(
@@ -71,20 +70,12 @@ def tasks(
     ]
 
 
-def all_found(todo: list[Task], processes: int) -> Iterator[tuple[Task, Found]]:
-    """Works on tasks side by side, says how far it is."""
-    began = time.perf_counter()
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        futures = {pool.submit(run_task, task): task for task in todo}
-        for number, future in enumerate(as_completed(futures), 1):
-            task, found = futures[future], future.result()
-            passed = time.perf_counter() - began
-            print(
-                f"[{passed:6.0f} s] {number}/{len(todo)} {task.part}, {task.workload}, "
-                f"seed {task.seed}: {found.seconds:.0f} s",
-                flush=True,
-            )
-            yield task, found
+def add_found(figures: dict[str, Any], task: Task, found: Found) -> None:
+    """Adds what a task found."""
+    for section, records in found.sections.items():
+        add_records(figures, section, records, IDENTITY)
+    add_speeds(figures, {task.scale: found.requests_per_s})
+    figures["pace"] = task.pace
 
 
 def summarize(figures: dict[str, Any]) -> None:
@@ -132,9 +123,8 @@ def main() -> None:
     figures["commands"] = [*figures["commands"], _command()]
     if DECISION in parts:  # Before the others make the machine busy.
         figures |= router_decision.measure(seeds[0], quick)
-    for task, found in all_found(
-        tasks(parts, workloads, seeds, arguments.scale, quick), arguments.processes
-    ):
+    todo = tasks(parts, workloads, seeds, arguments.scale, quick)
+    for task, found in run_side_by_side(run_task, todo, arguments.processes):
         add_found(figures, task, found)
         summarize(figures)
         all_seeds = sorted({*seeds, *(one["seed"] for one in figures["cells"])})

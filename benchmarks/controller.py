@@ -22,11 +22,7 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +31,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # For `python benchmarks/NAME.py`.
 
 from benchmarks.controller_cases import HELD_OUT, SETTINGS, WORKLOADS
-from benchmarks.controller_file import add_found, read_earlier
 from benchmarks.controller_parts import Found, Task, registered, run_task
 from benchmarks.controller_plots import draw_p99, draw_trace
 from benchmarks.controller_summary import against_static, headline
 from benchmarks.decision_cost import CONFIG, QUICK_RUNNING_S, RUNNING_S, measure_running
+from benchmarks.parts_file import add_records, add_speeds, read_earlier
 from benchmarks.report import benchmark_parser, write_result
+from benchmarks.side_by_side import run_side_by_side
 from helm_engine.controller.registry import make_controller
 
 PARTS = ("headline", "baselines", "ablations", "held_out", "decision")
@@ -49,6 +46,8 @@ ABLATED = ("dlrmv3",)
 QUICK_SETTINGS = ("dlrmv3",)
 QUICK_ABLATED = "burst"
 QUICK_HELD_OUT = ("two bursts",)
+IDENTITY = ("workload", "setting", "profile", "k", "controller", "slew_per_s", "seed")
+"""What tells runs apart."""
 COSTLY = ("production", "ml100k", "dlrmv3", "held_out")
 """Settings, the longest tasks first."""
 
@@ -80,22 +79,6 @@ def tasks(
     return sorted(found, key=lambda one: (COSTLY.index(one.setting), one.workload == "steady"))
 
 
-def all_found(todo: list[Task], processes: int) -> Iterator[tuple[Task, Found]]:
-    """Works on tasks side by side, says how far it is."""
-    began = time.perf_counter()
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        futures = {pool.submit(run_task, task): task for task in todo}
-        for number, future in enumerate(as_completed(futures), 1):
-            task, found = futures[future], future.result()
-            passed = time.perf_counter() - began
-            print(
-                f"[{passed:6.0f} s] {number}/{len(todo)} {task.setting}, {task.workload}, "
-                f"seed {task.seed}: {found.seconds:.0f} s",
-                flush=True,
-            )
-            yield task, found
-
-
 def decision_figures(seed: int, quick: bool) -> dict[str, Any]:
     """What a decision costs, measured as `benchmarks/decision_cost.py` does.
 
@@ -111,6 +94,13 @@ def decision_figures(seed: int, quick: bool) -> dict[str, Any]:
             for kind in ("decision_us", "integrate_us")
         },
     }
+
+
+def add_found(figures: dict[str, Any], found: Found) -> None:
+    """Adds what a task found."""
+    for section, records in found.sections.items():
+        add_records(figures, section, records, IDENTITY)
+    add_speeds(figures, found.requests_per_s)
 
 
 def summaries(figures: dict[str, Any]) -> None:
@@ -177,7 +167,7 @@ def main() -> None:
     if "decision" in parts:  # Before the others make the machine busy.
         figures |= decision_figures(seeds[0], quick)
     todo = tasks(parts, settings, workloads, seeds, quick, controllers)
-    for _, found in all_found(todo, arguments.processes):
+    for _, found in run_side_by_side(run_task, todo, arguments.processes):
         add_found(figures, found)
         summaries(figures)
         _write(arguments.json, figures, seeds)
