@@ -72,7 +72,6 @@ setup(
         "pydantic>=2.7",
         "msgspec>=0.19",
         "pysimdjson>=6.0",
-        "msgspec>=0.19",
         "pyzmq>=26",
         "prometheus-client>=0.20",
         "typer>=0.29",

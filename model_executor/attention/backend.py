@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,6 +42,26 @@ class PairBias(Protocol):
             queries: which context rows, by their position in the context.
             keys: which context rows, likewise.
         """
+        ...
+
+
+@runtime_checkable
+class TabledBias(PairBias, Protocol):
+    """A bias of two parts, by position and by time bucket, that a kernel can add itself."""
+
+    @property
+    def position_weight(self) -> Tensor:
+        """Float [2 N - 1]: entry j - i + N - 1 of query row i and key row j."""
+        ...
+
+    @property
+    def time_weight(self) -> Tensor:
+        """Float [time buckets]."""
+        ...
+
+    @property
+    def buckets(self) -> Sequence[Tensor]:
+        """Time bucket of each pair of each sequence, int16 [num_rows, context_len]."""
         ...
 
 

@@ -22,20 +22,33 @@ class _Entry(NamedTuple):
     """Reads K and V by `PagedKV.gather` alone, which makes numbers of float8."""
 
 
+def _triton() -> _Entry:
+    try:
+        from model_executor.attention.triton_paged import TritonAttention, refusal
+    except ModuleNotFoundError as error:
+        raise _not_installed("triton", error) from error
+    return _Entry(TritonAttention, ("cpu", "cuda"), refusal)
+
+
 def _xformers() -> _Entry:
     try:
         from model_executor.attention.xformers_paged import XFormersAttention, refusal
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"attention_backend: 'xformers' needs the package {error.name}: "
-            "pip install 'helm-engine[gpu]'"
-        ) from error
+        raise _not_installed("xformers", error) from error
     return _Entry(XFormersAttention, ("cpu", "cuda"), refusal)
+
+
+def _not_installed(name: str, error: ModuleNotFoundError) -> ValueError:
+    return ValueError(
+        f"attention_backend: {name!r} needs the package {error.name}: "
+        "pip install 'helm-engine[gpu]'"
+    )
 
 
 _BACKENDS: dict[str, Callable[[], _Entry]] = {
     "cpu": lambda: _Entry(CpuFusedAttention, ("cpu",)),
     "torch": lambda: _Entry(TorchReferenceAttention, ("cpu", "cuda"), reads_fp8=True),
+    "triton": _triton,
     "xformers": _xformers,
 }
 

@@ -89,6 +89,16 @@ class _LayerBias:
     batch: PagedBatch
     buckets: list[Tensor]
 
+    @property
+    def position_weight(self) -> Tensor:
+        """See `TabledBias.position_weight`."""
+        return self.table.position_weight
+
+    @property
+    def time_weight(self) -> Tensor:
+        """See `TabledBias.time_weight`."""
+        return self.table.time_weight
+
     def __call__(self, sequence: int, queries: slice, keys: slice) -> Tensor:
         """Bias of a tile: float [n, m]."""
         start = self.batch.sequences[sequence].start

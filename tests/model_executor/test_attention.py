@@ -85,6 +85,7 @@ def attend_in_pages(
     histories: list[History],
     model: ResearchHSTU,
     block_tokens: int,
+    backend: str = "torch",
 ) -> Tensor:
     """All chunks as one batch, over pages in random order, with NaN in all other memory."""
     config = model.config
@@ -124,7 +125,7 @@ def attend_in_pages(
     )
     with torch.inference_mode():
         bias = model.pair_bias(batch)(LAYER)
-        return attention_backend("torch", torch.device("cpu")).attend(
+        return attention_backend(backend, torch.device("cpu")).attend(
             q, k, v, arena.kv, LAYER, batch, model.rule, bias
         )
 
